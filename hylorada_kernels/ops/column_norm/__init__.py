@@ -1,0 +1,5 @@
+"""The norm of each output row of an adapted weight, without building the adapted weight."""
+
+from .op import column_norm
+
+__all__ = ["column_norm"]

@@ -1,0 +1,249 @@
+"""Hybrid linear in PyTorch, any device and dtype, with a hand-written backward. See op.py for the contract.
+
+The low-rank product is laid down first and the large GEMM adds onto it, so that a 16-bit sum is rounded once. A
+position scale of the whole output is applied to x, in which y is linear: it then costs T x I, and its gradient is a
+row sum of dx * x.
+"""
+
+import torch
+from torch import Tensor
+
+# below this gain the product z = y / g has lost its digits: it is computed again for those columns
+SMALL_GAIN = 2.0**-6
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    magnitude: Tensor | None,
+    blend: Tensor | None,
+    norm: Tensor | None,
+    bias: Tensor | None,
+    token_scale: Tensor | None,
+    *,
+    scale: float,
+    token_scale_target: str,
+    dropout_p: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> y (T, O), h (T, R), gain (O,), kept product (T, O), dropout mask (T, I); what is not needed is empty."""
+    p_input, p_delta = _split_token_scale(token_scale, token_scale_target, x.dtype)
+    if p_input is not None:
+        x = x * p_input
+    thinned, mask = torch.native_dropout(x, dropout_p, True) if dropout_p else (x, x.new_empty(0, dtype=torch.bool))
+    h = thinned @ lora_a.to(x.dtype).T
+    if magnitude is None:
+        return _product(x, weight, h, lora_b, scale, p_delta, bias), h, x.new_empty(0), x.new_empty(0), mask
+    gain = row_gain(magnitude, blend, norm)
+    product = _product(x, weight, h, lora_b, scale, p_delta)
+    keep = save and bias is not None
+    return _scale_columns(product, gain, bias, in_place=not keep), h, gain, product if keep else x.new_empty(0), mask
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    magnitude: Tensor | None,
+    blend: Tensor | None,
+    norm: Tensor | None,
+    bias: Tensor | None,
+    token_scale: Tensor | None,
+    h: Tensor,
+    gain: Tensor,
+    kept: Tensor,
+    mask: Tensor,
+    *,
+    scale: float,
+    token_scale_target: str,
+    dropout_p: float,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Gradients of x, lora_a, lora_b, magnitude, blend, norm, bias and token_scale, empty where `needs` is False.
+
+    `kept` is the product z where there is a bias (which would hide it in y), else the output y; empty: z is computed
+    again.
+    """
+    need_x, need_a, need_b, need_m, need_blend, need_norm, need_bias, need_p = needs
+    dx, da, db, dm, dblend, dnorm, dbias, dp = [x.new_empty(0)] * 8
+    p_input, p_delta = _split_token_scale(token_scale, token_scale_target, x.dtype)
+    dy = dy.contiguous()
+    row_scale = scale * gain[:, None] if magnitude is not None else scale
+
+    if need_x or need_a or need_p:
+        # B with s and g folded in: dy meets the low-rank path unscaled
+        dh = dy @ (row_scale * lora_b).to(x.dtype)
+        if need_p and p_delta is not None:
+            dp = (dh * h).sum(1, dtype=token_scale.dtype)
+        if p_delta is not None:
+            dh *= p_delta
+        if need_a:
+            scaled_dh = dh if p_input is None else dh * p_input
+            thinned = x * mask * (1 / (1 - dropout_p)) if dropout_p else x
+            da = (scaled_dh.T @ thinned).to(lora_a.dtype)
+        if need_x or (need_p and p_input is not None):
+            dx = dh @ lora_a.to(x.dtype)
+            if dropout_p:
+                dx *= mask * (1 / (1 - dropout_p))
+            dz = dy if magnitude is None else _scale_columns(dy, gain, None, in_place=False)
+            dx.addmm_(dz, weight)
+        if p_input is not None:
+            if need_p:
+                dp = (dx * x).sum(1, dtype=token_scale.dtype)
+            dx = dx.mul_(p_input) if need_x else x.new_empty(0)
+    if need_b:
+        weighted_h = h if p_delta is None else h * p_delta
+        db = ((weighted_h.T @ dy).T * row_scale).to(lora_b.dtype)
+    if need_m or need_blend or need_norm:
+        shifted_x = x if p_input is None else x * p_input
+        dg, dbias = _gain_gradient(dy, kept, shifted_x, weight, h, lora_b, scale, p_delta, gain, bias)
+        dm, dblend, dnorm = _gain_input_gradients(dg, magnitude, blend, norm)
+    if need_bias:
+        dbias = (dbias if dbias.numel() else dy.sum(0)).to(bias.dtype)
+    gradients = [dx, da, db, dm, dblend, dnorm, dbias, dp]
+    return [gradient if needed else x.new_empty(0) for gradient, needed in zip(gradients, needs, strict=True)]
+
+
+def row_gain(magnitude: Tensor, blend: Tensor | None, norm: Tensor) -> Tensor:
+    """g = m / n + beta (1 - m / n), beta = sigmoid(blend), in norm's dtype: exactly 1 where m = n.
+
+    A zero row takes the ratio 1: its output is 0 whatever the gain.
+    """
+    ratio = torch.where(norm > 0, magnitude.to(norm.dtype) / norm, 1)
+    if blend is None:
+        return ratio
+    return torch.lerp(ratio, torch.ones_like(ratio), blend.to(norm.dtype).sigmoid().reshape(()))
+
+
+def adapted_weight(
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    magnitude: Tensor | None,
+    blend: Tensor | None,
+    norm: Tensor | None,
+    *,
+    scale: float,
+) -> Tensor:
+    """diag(g) (W + s B A), (O, I) in weight's dtype, rounded once."""
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    adapted = torch.addmm(weight.to(dtype), lora_b.to(dtype), lora_a.to(dtype), alpha=scale)
+    if magnitude is not None:
+        adapted *= row_gain(magnitude, blend, norm)[:, None]
+    return adapted.to(weight.dtype)
+
+
+def _gain_input_gradients(
+    dg: Tensor, magnitude: Tensor, blend: Tensor | None, norm: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dm = dg (1 - beta) / n, dblend = sum dg (1 - m / n) beta (1 - beta), dn = -dm m / n."""
+    rate = torch.where(norm > 0, 1 / norm, 0)
+    ratio = magnitude.to(norm.dtype) * rate
+    if blend is None:
+        dm = dg * rate
+        return dm.to(magnitude.dtype), dg.new_empty(0), -dm * ratio
+    beta = blend.to(norm.dtype).sigmoid()
+    dm = dg * rate * (1 - beta)
+    dblend = ((dg * torch.where(norm > 0, 1 - ratio, 0)).sum() * beta * (1 - beta)).reshape(blend.shape)
+    return dm.to(magnitude.dtype), dblend.to(blend.dtype), -dm * ratio
+
+
+def _gain_gradient(
+    dy: Tensor,
+    kept: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    h: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    p_delta: Tensor | None,
+    gain: Tensor,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """dg_j = sum_t dy_tj z_tj, and sum_t dy_tj."""
+    if not kept.numel():
+        return _column_sums(dy, _product(x, weight, h, lora_b, scale, p_delta), gain.dtype)
+    sums, dbias = _column_sums(dy, kept, gain.dtype)
+    if bias is not None:
+        return sums, dbias
+    dg = sums / gain
+    small = (gain.abs() < SMALL_GAIN).nonzero().squeeze(1)
+    if small.numel():
+        product = _product(x, weight[small], h, lora_b[small], scale, p_delta)
+        dg[small] = _column_sums(dy[:, small], product, gain.dtype)[0]
+    return dg, dbias
+
+
+def _product(
+    x: Tensor,
+    weight: Tensor,
+    h: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    p_delta: Tensor | None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """z = x W^T + s (p h) B^T (+ bias)."""
+    if p_delta is not None:
+        h = h * p_delta
+    factor = (scale * lora_b).to(x.dtype).T
+    product = h @ factor if bias is None else torch.addmm(bias, h, factor)
+    return product.addmm_(x, weight.T)
+
+
+def _split_token_scale(
+    token_scale: Tensor | None, target: str, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """The position scale as a (T, 1) factor of x (target "output") and of h (target "delta")."""
+    if token_scale is None:
+        return None, None
+    column = token_scale[:, None].to(dtype)
+    return (column, None) if target == "output" else (None, column)
+
+
+def _scale_columns(z: Tensor, gain: Tensor, bias: Tensor | None, *, in_place: bool) -> Tensor:
+    """z * gain (+ bias), rounded once. `in_place` allows (it does not force) overwriting z."""
+    if z.dtype in (torch.float32, torch.float64):
+        scaled = z.mul_(gain) if in_place else z * gain
+        return scaled if bias is None else scaled.add_(bias)
+    if not z.is_cpu or not z.numel():
+        scaled = z * gain if bias is None else torch.addcmul(bias.to(gain.dtype), z, gain)
+        return scaled.to(z.dtype)
+    # PyTorch multiplies bf16 by fp32 through fp32 copies (20x slower); an inference batch norm takes fp32 parameters
+    # in one pass
+    shift = torch.zeros_like(gain) if bias is None else bias.to(gain.dtype)
+    mean, variance = torch.zeros_like(gain), torch.ones_like(gain)
+    scaled = torch.batch_norm(_as_channels(z), gain, shift, mean, variance, False, 0.0, 0.0, False)
+    return scaled.permute(0, 2, 3, 1).view(z.shape)
+
+
+def _column_sums(dy: Tensor, z: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """sum_t dy * z and sum_t dy, both (O,) in `dtype`, in one pass over dy and z and without a (T, O) temporary.
+
+    The parameter gradients of a layer norm or batch norm with mean 0 and variance 1 are just these sums. The layer
+    norm would add up 16-bit inputs in 16 bits (error 4e-2); the batch norm adds them in fp32.
+    """
+    if not dy.is_cpu or not dy.numel():
+        return (dy.to(dtype) * z).sum(0), dy.sum(0, dtype=dtype)
+    tokens, columns = dy.shape
+    ones, zeros = dy.new_ones(columns, dtype=dtype), dy.new_zeros(columns, dtype=dtype)
+    dy, z = dy.contiguous(), z.contiguous()
+    if dy.dtype == dtype:
+        mean, rstd = dy.new_zeros(tokens, 1), dy.new_ones(tokens, 1)
+        _, product_sum, plain_sum = torch.ops.aten.native_layer_norm_backward(
+            dy, z, [columns], mean, rstd, ones, zeros, [False, True, True]
+        )
+    else:
+        _, product_sum, plain_sum = torch.ops.aten.native_batch_norm_backward(
+            _as_channels(dy), _as_channels(z), ones, zeros, ones, zeros, ones, False, 0.0, [False, True, True]
+        )
+    return product_sum, plain_sum
+
+
+def _as_channels(z: Tensor) -> Tensor:
+    """A contiguous (T, O) seen as a channels-last image (1, O, 1, T): its columns are the channels."""
+    return z.view(1, 1, *z.shape).permute(0, 3, 1, 2)

@@ -1,0 +1,99 @@
+"""column_norm: meaning, parity of both backends with the fp64 truth, cancellation, layouts, gradient, integration."""
+
+import pytest
+import torch
+
+from hylorada_kernels import column_norm, using
+from hylorada_kernels.testing import linear_inputs, reference_norm, relative_error
+
+SHAPES = [(16, 64, 64), (5, 111, 100), (1, 53, 41), (70, 70, 45), (8, 1, 7), (8, 7, 1)]
+
+
+def factors(rank, columns, rows, dtype=torch.float32, seed=0):
+    given = linear_inputs(1, columns, rows, rank, dtype=dtype, seed=seed)
+    return given.weight, given.lora_a, given.lora_b
+
+
+def truth_of(weight, lora_a, lora_b, scale):
+    return reference_norm(weight.double(), lora_a.double(), lora_b.double(), scale=scale)
+
+
+def test_zero_b_gives_the_norm_of_the_weight(backend):
+    weight, lora_a, lora_b = factors(4, 50, 30)
+    with using(backend):
+        norm = column_norm(weight, lora_a, torch.zeros_like(lora_b), scale=2.0)
+    torch.testing.assert_close(norm, weight.norm(dim=1), rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_norm_matches_the_truth_to_1e_6(backend, shape, dtype):
+    weight, lora_a, lora_b = factors(*shape, dtype=dtype)
+    with using(backend):
+        norm = column_norm(weight, lora_a, lora_b, scale=0.7)
+    assert norm.dtype == torch.float32
+    worst = (norm.double() / truth_of(weight, lora_a, lora_b, 0.7) - 1).abs().max()
+    assert worst <= 1e-6
+
+
+@pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_norm_survives_cancellation(backend, distance, dtype):
+    """B A = -(1 - d) W: the expanded square cancels to d^2 of its terms; an fp32 W + s B A itself errs by 2^-24 / d."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    lora_a = torch.randn(8, 96, generator=generator).to(torch.get_default_device())
+    directions = torch.randn(64, 8, generator=generator).to(torch.get_default_device())
+    weight = (directions @ lora_a).to(dtype)
+    # W lies in the span of A: fit B to the rounded W, so that only rounding keeps W + B A from being d W
+    fitted = torch.linalg.lstsq(lora_a.double().T.cpu(), weight.double().T.cpu()).solution.T.to(weight.device)
+    lora_b = (-(1 - distance) * fitted).float()
+    with using(backend):
+        norm = column_norm(weight, lora_a, lora_b, scale=1.0)
+    assert relative_error(norm, truth_of(weight, lora_a, lora_b, 1.0)) <= 4 * 2.0**-24 / distance
+
+
+def test_layouts_do_not_matter(backend):
+    weight, lora_a, lora_b = factors(6, 50, 37)
+    with using(backend):
+        expected = column_norm(weight, lora_a, lora_b, scale=0.7)
+        strided = column_norm(
+            weight.T.contiguous().T, lora_a.T.contiguous().T, torch.stack([lora_b, lora_b], -1)[..., 0], scale=0.7
+        )
+    torch.testing.assert_close(strided, expected, rtol=3e-7, atol=0)
+
+
+def test_a_row_of_zeros_has_norm_zero(backend):
+    weight, lora_a, lora_b = factors(6, 50, 37)
+    weight[5], lora_b[5] = 0, 0
+    with using(backend):
+        assert column_norm(weight, lora_a, lora_b, scale=0.7)[5] == 0
+
+
+def test_no_rows_give_an_empty_norm(backend):
+    with using(backend):
+        assert column_norm(torch.zeros(0, 8), torch.zeros(2, 8), torch.zeros(0, 2), scale=1.0).shape == (0,)
+
+
+def test_gradcheck():
+    weight, lora_a, lora_b = factors(3, 7, 5, dtype=torch.float64)
+    leaves = lora_a.requires_grad_(), lora_b.requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, b: column_norm(weight, a, b, scale=0.7), leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradient_matches_the_truth(backend, dtype):
+    weight, lora_a, lora_b = factors(6, 50, 37, dtype=dtype)
+    grad = torch.linspace(-1, 1, 37)
+    with using(backend):
+        leaves = lora_a.clone().requires_grad_(), lora_b.clone().requires_grad_()
+        column_norm(weight, *leaves, scale=0.7).backward(grad)
+    true = lora_a.double().requires_grad_(), lora_b.double().requires_grad_()
+    reference_norm(weight.double(), *true, scale=0.7).backward(grad.double())
+    for leaf, expected in zip(leaves, true, strict=True):
+        assert relative_error(leaf.grad, expected.grad) <= 2e-6
+
+
+def test_a_weight_that_requires_a_gradient_is_refused():
+    weight, lora_a, lora_b = factors(3, 7, 5)
+    with pytest.raises(ValueError, match=r"weight\.requires_grad_\(False\)"):
+        column_norm(weight.requires_grad_(), lora_a, lora_b, scale=1.0)

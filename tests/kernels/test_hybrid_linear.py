@@ -1,0 +1,330 @@
+"""hybrid_linear: meaning, parity of both backends with the fp64 truth, layouts, gradcheck, integration, bad input."""
+
+import itertools
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from hylorada_kernels import column_norm, hybrid_linear, using
+from hylorada_kernels.testing import (
+    allowed_error,
+    assert_within,
+    ideal_linear,
+    linear_amplitudes,
+    linear_inputs,
+    reference_linear,
+    relative_error,
+)
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# a kernel rounds where the ideal result rounds; the eager path rounds a 16-bit product once more (sqrt 2), and its
+# gradients too
+FACTOR = {"eager": 2.0, "triton": 1.2}
+
+
+def run(given, backend, **options):
+    """Output and gradients of one forward and backward pass."""
+    leaves = given.requiring_grad()
+    with using(backend):
+        y = hybrid_linear(**leaves.arguments(), **options)
+        y.backward(leaves.dy)
+    return y.detach(), leaves.gradients()
+
+
+def assert_parity(given, backend, *, norm_grad=False, **options):
+    """Forward and every gradient within the floor-relative budget of the fp64 truth."""
+    dtype = given.x.dtype
+    wide = given.map(torch.Tensor.double)
+    leaves = wide.requiring_grad()
+    truth = reference_linear(leaves, norm_grad=norm_grad)
+    truth.backward(leaves.dy)
+    true_gradients = leaves.gradients()
+    ideal, ideal_gradients = ideal_linear(wide, dtype)
+    amplitude, amplitudes = linear_amplitudes(wide, dtype)
+    y, gradients = run(given, backend, norm_grad=norm_grad, **options)
+    assert gradients.keys() == true_gradients.keys()
+
+    results = {"y": (y, truth.detach(), ideal, amplitude)}
+    for name, true in true_gradients.items():
+        assert gradients[name].dtype == getattr(given, name).dtype
+        results[name] = gradients[name], true, true if norm_grad else ideal_gradients[name], amplitudes[name]
+    floors = {name: relative_error(ideal, true, size) for name, (_, true, ideal, size) in results.items()}
+    # one result of few values may be lucky: all of them share the same kinds of roundings
+    pooled = sum(floor**2 / len(floors) for floor in floors.values()) ** 0.5
+    (tokens, columns), (rows, rank) = given.x.reshape(-1, given.x.shape[-1]).shape, given.lora_b.shape
+    for name, (result, true, _, size) in results.items():
+        allowed = allowed_error(
+            max(floors[name], pooled), dtype, factor=FACTOR[backend],
+            independent=min(result.numel(), rank * min(tokens, rows, columns)), length=tokens + rows + columns,
+        )  # fmt: skip
+        assert_within(name, result, true, allowed, size)
+
+
+def test_zero_b_and_magnitude_of_the_rows_is_the_base_layer(backend):
+    given = linear_inputs(7, 48, 40, 4, token_scale=False)
+    given.lora_b.zero_()
+    given.magnitude = column_norm(given.weight, given.lora_a, given.lora_b, scale=given.scale)
+    with using(backend):
+        y = hybrid_linear(**given.arguments())
+    torch.testing.assert_close(y, F.linear(given.x, given.weight, given.bias), rtol=1e-6, atol=1e-6)
+
+
+def test_blend_of_one_is_lora_and_of_zero_is_dora(backend):
+    given = linear_inputs(7, 48, 40, 4)
+    options = {
+        "x": given.x,
+        "weight": given.weight,
+        "lora_a": given.lora_a,
+        "lora_b": given.lora_b,
+        "scale": given.scale,
+    }
+    with using(backend):
+        plain = hybrid_linear(**options)
+        dora = hybrid_linear(**options, magnitude=given.magnitude)
+        for logit, expected in ((40.0, plain), (-40.0, dora)):
+            blended = hybrid_linear(**options, magnitude=given.magnitude, blend=torch.tensor(logit))
+            torch.testing.assert_close(blended, expected, rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(plain, dora)
+
+
+def test_output_is_linear_in_token_scale_and_bias_is_not_scaled(backend):
+    given = linear_inputs(7, 48, 40, 4)
+    given.token_scale = torch.zeros(7)
+    with using(backend):
+        y = hybrid_linear(**given.arguments())
+    torch.testing.assert_close(y, given.bias.expand(7, -1), rtol=0, atol=0)
+
+
+SHAPES = [
+    # tokens, in, out, rank: aligned; odd; prime with rank 1; rank over a tile; one token; no token; in- or
+    # out-features of 1
+    (64, 64, 64, 16),
+    (63, 111, 100, 5),
+    (37, 53, 41, 1),
+    (33, 70, 45, 70),
+    (1, 67, 33, 8),
+    (0, 32, 48, 4),
+    (41, 1, 17, 3),
+    (41, 17, 1, 3),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward_and_gradients_match_the_truth(backend, shape, dtype):
+    for target in ("output", "delta"):
+        assert_parity(linear_inputs(*shape, dtype=dtype, token_scale_target=target), backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("flags", list(itertools.product([False, True], repeat=4)), ids=str)
+def test_every_combination_of_parts_matches_the_truth(backend, flags, dtype):
+    magnitude, blend, bias, token_scale = flags
+    if blend and not magnitude:
+        return
+    given = linear_inputs(
+        29, 50, 37, 6, dtype=dtype, magnitude=magnitude, blend=blend, bias=bias, token_scale=token_scale
+    )
+    assert_parity(given, backend)
+    assert_parity(given, backend, save_output=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layouts_do_not_matter(backend, dtype):
+    given = linear_inputs((3, 11), 50, 37, 6, dtype=dtype)
+    expected, gradients = run(given, backend)
+    strided = given.map(lambda tensor: tensor)
+    strided.weight = given.weight.T.contiguous().T
+    strided.x = torch.stack([given.x, given.x], dim=-1)[..., 0]
+    strided.dy = given.dy.transpose(0, 1).contiguous().transpose(0, 1)
+    strided.lora_a = given.lora_a.T.contiguous().T
+    y, strided_gradients = run(strided, backend)
+    assert_parity(strided, backend)
+    scale = expected.double().norm()
+    assert (y.double() - expected.double()).norm() <= torch.finfo(dtype).eps * scale
+    assert strided_gradients["x"].shape == gradients["x"].shape == given.x.shape
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_small_gains_and_large_biases_keep_the_gradient_exact(backend, bias):
+    given = linear_inputs(40, 50, 37, 6, dtype=torch.bfloat16, bias=bias, token_scale=False)
+    given.blend.fill_(-30.0)
+    given.magnitude[::5] *= 1e-6
+    given.magnitude[3] = 0.0
+    given.magnitude[4] *= -1.0
+    if bias:
+        given.bias[::3] *= 100
+    assert_parity(given, backend)
+
+
+def test_zero_token_scale_keeps_the_gradient_exact(backend):
+    given = linear_inputs(40, 50, 37, 6, dtype=torch.bfloat16)
+    given.token_scale[::7] = 0.0
+    assert_parity(given, backend)
+
+
+def test_gradient_through_the_norm_matches_the_truth(backend):
+    given = linear_inputs(40, 50, 37, 6)
+    given.lora_b *= 3
+    assert_parity(given, backend, norm_grad=True)
+
+
+def test_a_row_of_zeros_gives_zeros_and_finite_gradients(backend):
+    given = linear_inputs(12, 20, 16, 4, bias=False)
+    given.weight[3] = 0
+    given.lora_b[3] = 0
+    given.magnitude[3] = 0
+    y, gradients = run(given, backend)
+    assert torch.equal(y[:, 3], torch.zeros(12))
+    assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_runs_are_bit_identical(backend, dtype):
+    given = linear_inputs(70, 50, 90, 6, dtype=dtype)
+    y, gradients = run(given, backend)
+    again, gradients_again = run(given, backend)
+    assert torch.equal(y, again)
+    assert all(torch.equal(gradients[name], gradients_again[name]) for name in gradients)
+
+
+def test_dropout_thins_the_low_rank_path_only(backend):
+    """With A and B the identity and W = 0 the output shows the mask, which must act in the backward too."""
+    width, p = 64, 0.25
+    x = torch.ones(96, width, requires_grad=True)
+    lora_a, lora_b = torch.eye(width, requires_grad=True), torch.eye(width, requires_grad=True)
+    torch.manual_seed(1)
+    with using(backend):
+        y = hybrid_linear(x, torch.zeros(width, width), lora_a, lora_b, scale=1.0, dropout_p=p)
+    kept = (y.detach() > 0).float()
+    torch.testing.assert_close(y.detach(), kept / (1 - p))
+    assert abs(float(kept.mean()) - (1 - p)) < 4 * (p * (1 - p) / kept.numel()) ** 0.5
+    dy = torch.randn(96, width)
+    y.backward(dy)
+    torch.testing.assert_close(x.grad, dy * kept / (1 - p))
+    torch.testing.assert_close(lora_a.grad, dy.T @ (kept / (1 - p)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lora_b.grad, dy.T @ (kept / (1 - p)), rtol=1e-5, atol=1e-5)
+    with using(backend):
+        base = hybrid_linear(x, torch.eye(width), lora_a, torch.zeros(width, width), scale=1.0, dropout_p=p)
+    assert torch.equal(base, x)
+
+
+def test_dropout_masks_differ_between_calls_and_follow_the_seed(backend):
+    given = linear_inputs(16, 32, 24, 4)
+
+    def output(seed):
+        torch.manual_seed(seed)
+        with using(backend):
+            return [hybrid_linear(**given.arguments(), dropout_p=0.5) for _ in range(2)]
+
+    first, second = output(0)
+    assert not torch.equal(first, second)
+    assert torch.equal(output(0)[1], second)
+
+
+@pytest.mark.parametrize("target", ["output", "delta"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("save_output", [False, True])
+@pytest.mark.parametrize("norm_grad", [False, True])
+def test_gradcheck(target, bias, save_output, norm_grad):
+    given = linear_inputs(4, 7, 5, 3, dtype=torch.float64, bias=bias, token_scale_target=target)
+    norm = None if norm_grad else column_norm(given.weight, given.lora_a, given.lora_b, scale=given.scale)
+    names = [name for name in given.TRAINED if getattr(given, name) is not None]
+
+    def function(*tensors):
+        return hybrid_linear(
+            **{**given.arguments(), **dict(zip(names, tensors, strict=True))},
+            norm=norm, norm_grad=norm_grad, save_output=save_output,
+        )  # fmt: skip
+
+    leaves = given.requiring_grad()
+    assert torch.autograd.gradcheck(function, [getattr(leaves, name) for name in names])
+
+
+def test_only_what_is_asked_for_gets_a_gradient(backend):
+    given = linear_inputs(6, 20, 16, 4)
+    for name in given.TRAINED:
+        leaves = given.map(lambda tensor: tensor.detach().clone())
+        getattr(leaves, name).requires_grad_(True)
+        with using(backend):
+            hybrid_linear(**leaves.arguments()).backward(given.dy)
+        _, expected = run(given, backend)
+        torch.testing.assert_close(getattr(leaves, name).grad, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_an_output_edited_in_place_is_refused_by_the_backward(backend):
+    given = linear_inputs(6, 20, 16, 4, bias=False).requiring_grad()
+    with using(backend):
+        y = hybrid_linear(**given.arguments())
+    y.detach().add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_backward_keeps_the_backend_of_its_forward(backend, monkeypatch):
+    given = linear_inputs(6, 20, 16, 4).requiring_grad()
+    with using(backend):
+        y = hybrid_linear(**given.arguments())
+    from hylorada_kernels.ops.hybrid_linear import op
+
+    called = []
+    implementation = op._implementation
+    monkeypatch.setattr(op, "_implementation", lambda choice: called.append(choice) or implementation(choice))
+    y.backward(given.dy)
+    assert called == [backend]
+
+
+def test_autocast_follows_linear(backend):
+    given = linear_inputs(6, 20, 16, 4)
+    leaves = given.requiring_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16), using(backend):
+        y = hybrid_linear(**leaves.arguments())
+        assert F.linear(given.x, given.weight).dtype == y.dtype == torch.bfloat16
+    y.backward(given.dy.bfloat16())
+    low = given.map(lambda tensor: tensor)
+    low.x, low.weight, low.bias, low.dy = (
+        tensor.bfloat16() for tensor in (given.x, given.weight, given.bias, given.dy)
+    )
+    with using(backend):
+        norm = column_norm(given.weight, given.lora_a, given.lora_b, scale=given.scale)
+    expected, gradients = run(low, backend, norm=norm)
+    assert torch.equal(y.detach(), expected)
+    for name, gradient in leaves.gradients().items():
+        assert gradient.dtype == torch.float32
+        assert torch.equal(gradient, gradients[name].float()), name
+
+
+BAD = {
+    "x of another width": ({"x": torch.zeros(3, 9)}, ValueError, "x must end in 8 features"),
+    "rank mismatch": ({"lora_b": torch.zeros(6, 3)}, ValueError, "shapes do not fit"),
+    "rank 0": ({"lora_a": torch.zeros(0, 8), "lora_b": torch.zeros(6, 0)}, ValueError, "rank is 0"),
+    "integer weight": ({"weight": torch.zeros(6, 8, dtype=torch.int8)}, TypeError, "weight must be floating point"),
+    "trained weight": ({"weight": torch.zeros(6, 8, requires_grad=True)}, ValueError, "requires_grad_"),
+    "two dtypes": ({"x": torch.zeros(3, 8, dtype=torch.bfloat16)}, TypeError, "must have one dtype"),
+    "magnitude of another length": ({"magnitude": torch.zeros(5)}, ValueError, r"magnitude must have shape \(6,\)"),
+    "blend without magnitude": ({"blend": torch.zeros(1)}, ValueError, "give both or neither"),
+    "token scale of another shape": (
+        {"token_scale": torch.zeros(4)},
+        ValueError,
+        r"token_scale must have shape \(3,\)",
+    ),
+    "unknown target": ({"token_scale_target": "input"}, ValueError, "token_scale_target must be one of"),
+    "dropout of 1": ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\)"),
+    "another device": ({"x": torch.zeros(3, 8, device="meta")}, ValueError, "move them to one device"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named(case):
+    changes, error, message = BAD[case]
+    good = {
+        "x": torch.zeros(3, 8),
+        "weight": torch.ones(6, 8),
+        "lora_a": torch.zeros(2, 8),
+        "lora_b": torch.zeros(6, 2),
+        "scale": 1.0,
+    }
+    hybrid_linear(**good)
+    with pytest.raises(error, match=message):
+        hybrid_linear(**{**good, **changes})

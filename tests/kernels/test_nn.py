@@ -1,0 +1,210 @@
+"""HybridLinear: a drop-in for nn.Linear and Conv1D that starts as its base and merges into it."""
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hylorada_kernels import HybridLinear, using
+from hylorada_kernels.testing import relative_error
+
+FLAGS = list(itertools.product([False, True], repeat=3))
+
+
+class Conv1D(nn.Module):
+    """transformers' layer of GPT-2: weight (I, O)."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight = nn.Parameter(torch.randn(nx, nf) * nx**-0.5)
+        self.bias = nn.Parameter(torch.randn(nf))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.reshape(-1, self.nx), self.weight).view(*x.shape[:-1], self.nf)
+
+
+def linear(kind, dtype=torch.float32):
+    torch.manual_seed(0)
+    layer = Conv1D(30, 50) if kind == "conv1d" else nn.Linear(50, 30, bias=kind == "biased")
+    return layer.to(dtype)
+
+
+def trained(layer):
+    """Away from the initial state."""
+    with torch.no_grad():
+        layer.lora_b.normal_(std=0.3)
+        if layer.magnitude is not None:
+            layer.magnitude.mul_(torch.linspace(0.5, 1.5, layer.out_features))
+    return layer
+
+
+@pytest.mark.parametrize("kind", ["plain", "biased", "conv1d"])
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+def test_it_starts_as_its_base(kind, flags):
+    use_rslora, use_magnitude, use_blend = flags
+    base = linear(kind)
+    x = torch.randn(2, 7, 50)
+    layer = HybridLinear.from_linear(
+        base, rank=4, dropout=0.3, use_rslora=use_rslora, use_magnitude=use_magnitude, use_blend=use_blend
+    )
+    torch.testing.assert_close(layer(x), base(x), rtol=1e-6, atol=1e-6)
+    assert layer.scale == 16 / 2 if use_rslora else layer.scale == 16 / 4
+
+
+def test_without_a_bias_it_starts_bit_for_bit():
+    for dtype in (torch.float32, torch.bfloat16):
+        base = linear("plain", dtype)
+        x = torch.randn(7, 50, dtype=dtype)
+        assert torch.equal(HybridLinear.from_linear(base)(x), base(x))
+
+
+@pytest.mark.parametrize("kind", ["plain", "biased", "conv1d"])
+@pytest.mark.parametrize("flags", [(False, False), (True, False), (True, True)], ids=["lora", "dora", "hylorada"])
+def test_merging_changes_nothing_and_unmerging_restores_the_bits(kind, flags):
+    base = linear(kind)
+    original = base.weight.detach().clone()
+    layer = trained(HybridLinear.from_linear(base, rank=4, use_magnitude=flags[0], use_blend=flags[1]))
+    x = torch.randn(2, 7, 50)
+    expected = layer(x).detach()
+    layer.merge()
+    assert layer.merged and not torch.equal(layer.weight, original)
+    assert relative_error(layer(x), expected) <= 1e-6
+    assert (
+        relative_error(layer.to_linear()(x) if kind != "conv1d" else F.linear(x, layer.weight.T, layer.bias), expected)
+        <= 1e-6
+    )
+    layer.merge()
+    layer.unmerge()
+    assert torch.equal(layer.weight, original) and not layer.merged
+    assert torch.equal(layer(x), expected)
+
+
+def test_merging_without_a_copy_cannot_be_undone():
+    layer = trained(HybridLinear.from_linear(linear("plain")))
+    layer.merge(keep_base=False)
+    with pytest.raises(RuntimeError, match="keep_base=False"):
+        layer.unmerge()
+
+
+def test_position_scale_acts_after_a_merge_as_before_it():
+    layer = trained(HybridLinear.from_linear(linear("biased"), rank=4))
+    x, p = torch.randn(2, 7, 50), torch.rand(2, 7) + 0.5
+    expected = layer(x, token_scale=p)
+    layer.merge()
+    assert relative_error(layer(x, token_scale=p), expected) <= 1e-6
+
+
+def test_a_merged_weight_refuses_a_position_scale_of_the_delta():
+    layer = HybridLinear.from_linear(linear("plain"), token_scale_target="delta")
+    layer.merge()
+    with pytest.raises(RuntimeError, match="call unmerge"):
+        layer(torch.randn(7, 50), token_scale=torch.ones(7))
+
+
+def test_dropout_acts_in_training_only():
+    layer = trained(HybridLinear.from_linear(linear("plain"), dropout=0.5))
+    x = torch.randn(7, 50)
+    assert not torch.equal(layer.train()(x), layer(x))
+    assert torch.equal(layer.eval()(x), layer(x))
+
+
+def test_base_parameters_are_shared_and_frozen():
+    base = linear("biased")
+    layer = HybridLinear.from_linear(base)
+    assert layer.weight is base.weight and layer.bias is base.bias
+    trainable = {name for name, parameter in layer.named_parameters() if parameter.requires_grad}
+    assert trainable == {"lora_a", "lora_b", "magnitude", "residual_weight"}
+    assert set(layer.state_dict()) == trainable | {"weight", "bias"}
+
+
+def test_adapters_are_fp32_and_gain_is_one_at_the_start():
+    layer = HybridLinear.from_linear(linear("plain", torch.bfloat16), rank=4)
+    assert {p.dtype for p in (layer.lora_a, layer.lora_b, layer.magnitude, layer.residual_weight)} == {torch.float32}
+    torch.testing.assert_close(layer.magnitude, layer.weight.float().norm(dim=1), rtol=3e-7, atol=0)
+    torch.testing.assert_close(layer.lora_a @ layer.lora_a.T, torch.eye(4), rtol=0, atol=1e-6)
+    assert not layer.lora_b.any() and layer.residual_weight.item() == pytest.approx(0.1)
+
+
+def test_rank_above_the_width_works():
+    layer = trained(HybridLinear.from_linear(linear("plain"), rank=64))
+    assert layer(torch.randn(3, 50)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "copier", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["deepcopy", "pickle"]
+)
+def test_copies_compute_the_same(copier):
+    layer = trained(HybridLinear.from_linear(linear("biased")))
+    x = torch.randn(3, 50)
+    assert torch.equal(copier(layer)(x), layer(x))
+
+
+def test_it_compiles_as_one_graph_and_equals_eager():
+    layer = trained(HybridLinear.from_linear(linear("biased")))
+    x = torch.randn(2, 7, 50, requires_grad=True)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(layer(x).square().sum(), [x, layer.lora_a, layer.magnitude])
+    torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=0)
+    found = torch.autograd.grad(compiled(x).square().sum(), [x, layer.lora_a, layer.magnitude])
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_a_compiled_layer_follows_the_choice_of_backend(monkeypatch):
+    from hylorada_kernels.ops.hybrid_linear import op
+
+    layer = HybridLinear.from_linear(linear("biased")).requires_grad_(False)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    seen = []
+    implementation = op._implementation
+    monkeypatch.setattr(op, "_implementation", lambda choice: seen.append(choice) or implementation("eager"))
+    monkeypatch.setattr(op.backend, "why_not_triton", lambda x: None)
+    monkeypatch.setattr("hylorada_kernels.ops.column_norm.op._forward", lambda *args: layer.magnitude.clone())
+    for choice in ("eager", "triton", "eager"):
+        with using(choice):
+            compiled(torch.randn(3, 50))
+    assert seen == ["eager", "triton", "eager"]
+
+
+def test_both_backends_train_to_the_same_adapter(backend):
+    x, target = torch.randn(8, 50), torch.randn(8, 30)
+
+    def train(choice):
+        layer = trained(HybridLinear.from_linear(linear("biased"), rank=4))
+        optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=0.05)
+        with using(choice):
+            for _ in range(3):
+                optimizer.zero_grad()
+                (layer.to(x.device)(x) - target).square().mean().backward()
+                optimizer.step()
+        return layer.lora_b.detach()
+
+    assert relative_error(train(backend), train("eager")) <= 1e-5
+
+
+BAD = {
+    "rank 0": ({"rank": 0}, ValueError, "rank must be a whole number of at least 1, got 0"),
+    "alpha 0": ({"alpha": 0.0}, ValueError, "alpha must be positive"),
+    "dropout 1": ({"dropout": 1.0}, ValueError, r"dropout must be in \[0, 1\), got 1.0"),
+    "init": ({"init": "zeros"}, ValueError, "init must be one of"),
+    "target": ({"token_scale_target": "input"}, ValueError, "token_scale_target must be one of"),
+    "not linear": (
+        {"linear": nn.Conv2d(3, 3, 1)},
+        TypeError,
+        "only nn.Linear and transformers' Conv1D can be adapted, got Conv2d",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_options_are_named_and_leave_the_layer_as_it_was(case):
+    changes, error, message = BAD[case]
+    base = linear("plain")
+    with pytest.raises(error, match=message):
+        HybridLinear.from_linear(**{"linear": base, **changes})
+    assert base.weight.requires_grad
