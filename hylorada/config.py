@@ -1,0 +1,224 @@
+"""HyLoRADAConfig: every option of the method as one validated, frozen record."""
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+DEFAULT_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "c_attn", "c_proj")
+
+_AT_LEAST = {
+    "lora_rank": 1,
+    "position_num_buckets": 1,
+    "num_landmarks": 1,
+    "s2_group_size": 1,
+    "s2_sink_tokens": 0,
+    "max_sequence_length": 1,
+}
+_CHOICES = {
+    "lora_init": ("orthogonal", "kaiming"),
+    "position_bucket": ("log", "log2"),
+    "position_bias_target": ("output", "delta"),
+    "landmark_gate": ("token", "prefix_mean", "sequence_mean"),
+    "s2_shift_mode": ("layers", "heads"),
+    "train_embeddings": (False, True, "positions", "tokens", "all"),
+    "rope_scaling_type": (None, "linear", "dynamic", "yarn", "auto"),
+    "mixed_precision": ("bf16", "fp16", "fp32"),
+}
+
+
+@dataclass(frozen=True)
+class HyLoRADAConfig:
+    """What to adapt and how. The values are checked here; they are matched with a model by `HyLoRADAModel`.
+
+    A config cannot be changed; `dataclasses.replace(config, lora_rank=16)` makes another.
+
+    The adapted linears:
+        lora_rank: R.   lora_alpha: numerator of the scale.
+        lora_dropout: on the low-rank path while training, in [0, 1).
+        lora_target_modules: linear layers, matched by suffix or dotted path ("q_proj", "self_attn.q_proj").
+        use_rslora: scale alpha / sqrt(R), else alpha / R.
+        use_dora_magnitude: learn the magnitude of every output feature (DoRA).
+        use_blend: blend DoRA with the plain update by a learned gate; there is none without a magnitude.
+        dora_norm_grad: let the gradient through the norm.   lora_init: of A, "orthogonal" or "kaiming".
+
+    Position bias, one scale per bucket of logical positions:
+        position_bias_enabled, position_num_buckets.
+        position_bucket: "log" uses every bucket, "log2" is floor(log2(position + 1)).
+        position_bias_target: scale the whole adapted "output" or only the low-rank "delta".
+
+    Landmarks:
+        landmark_enabled, num_landmarks.
+        landmark_gate: "token", "prefix_mean" or, for bidirectional models only, "sequence_mean".
+        landmark_position: learn the gate's logits by position too.
+
+    Shifted sparse attention:
+        s2_attn_enabled.   s2_group_size: tokens, or "auto".   s2_shift_ratio: of the group, in [0, 1).
+        s2_sink_tokens: attended by every group.   s2_eval: in evaluation too.
+        s2_shift_mode: shift every other layer ("layers") or half of the heads ("heads").
+
+    Long contexts:
+        train_embeddings: False, True, "positions", "tokens" or "all".   train_norms.
+        rope_scaling_type: None, "linear", "dynamic", "yarn" or "auto".
+        rope_scaling_factor: target length / original length.
+
+    Training:
+        gradient_checkpointing: switch on the base model's own; False leaves the base model as it is.
+        mixed_precision: "bf16", "fp16" or "fp32"; what a trainer takes by default, for the model itself never casts.
+        max_sequence_length: where the position buckets end.
+    """
+
+    lora_rank: int = 8
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.05
+    lora_target_modules: tuple[str, ...] = DEFAULT_TARGET_MODULES
+    use_rslora: bool = True
+    use_dora_magnitude: bool = True
+    use_blend: bool = True
+    dora_norm_grad: bool = False
+    lora_init: str = "orthogonal"
+
+    position_bias_enabled: bool = True
+    position_num_buckets: int = 64
+    position_bucket: str = "log"
+    position_bias_target: str = "output"
+
+    landmark_enabled: bool = False
+    num_landmarks: int = 8
+    landmark_gate: str = "token"
+    landmark_position: bool = False
+
+    s2_attn_enabled: bool = False
+    s2_group_size: int | str = 2048
+    s2_shift_ratio: float = 0.5
+    s2_sink_tokens: int = 0
+    s2_shift_mode: str = "layers"
+    s2_eval: bool = False
+
+    train_embeddings: bool | str = False
+    train_norms: bool = False
+    rope_scaling_type: str | None = None
+    rope_scaling_factor: float = 1.0
+
+    gradient_checkpointing: bool = True
+    mixed_precision: str = "bf16"
+    max_sequence_length: int = 32768
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _checked(field.name, field.type, getattr(self, field.name)))
+        if self.rope_scaling_type is not None and self.rope_scaling_factor < 1:
+            raise ValueError(
+                f"rope_scaling_factor must be at least 1 with rope_scaling_type={self.rope_scaling_type!r} "
+                f"(target length / original length), got {self.rope_scaling_factor}"
+            )
+        if self.position_bias_enabled and self.position_bucket == "log":
+            self._check_log_buckets()
+
+    def _check_log_buckets(self):
+        if self.position_num_buckets < 4:
+            raise ValueError(
+                f'position_bucket="log" needs position_num_buckets >= 4, got {self.position_num_buckets}; '
+                'use more buckets, or position_bucket="log2"'
+            )
+        if self.max_sequence_length <= self.position_num_buckets // 4:
+            raise ValueError(
+                f"max_sequence_length must exceed a quarter of position_num_buckets={self.position_num_buckets}, "
+                f"the buckets of one position each, got {self.max_sequence_length}"
+            )
+
+    @classmethod
+    def for_context_length(cls, max_length: int, model_max_length: int = 1024, **overrides: Any) -> "HyLoRADAConfig":
+        """The components that a context length is worth.
+
+        Always the adapted linears; from 2048 tokens position bias and landmarks; beyond model_max_length, what the base
+        model was trained for, embeddings and RoPE scaling; from 4096 shifted sparse attention and norms. The fields in
+        `overrides` win.
+        """
+        max_length = _integer("max_length", max_length, 1)
+        model_max_length = _integer("model_max_length", model_max_length, 1)
+        is_longer = max_length > model_max_length
+        chosen = {
+            "position_bias_enabled": max_length >= 2048,
+            "landmark_enabled": max_length >= 2048,
+            "train_embeddings": is_longer,
+            "rope_scaling_type": "auto" if is_longer else None,
+            "rope_scaling_factor": max(1.0, max_length / model_max_length),
+            "s2_attn_enabled": max_length >= 4096,
+            "train_norms": max_length >= 4096,
+            "max_sequence_length": max_length,
+        }
+        return cls.from_dict(chosen | overrides)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, in values that JSON knows."""
+        return dataclasses.asdict(self) | {"lora_target_modules": list(self.lora_target_modules)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "HyLoRADAConfig":
+        """The inverse of to_dict; fields that are absent take their defaults, unknown ones are an error."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                close = difflib.get_close_matches(str(name), known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"the fields are {', '.join(known)}"
+                raise ValueError(f"HyLoRADAConfig has no field {name!r}; {hint}")
+        return cls(**values)
+
+
+def _checked(name: str, declared: Any, value: Any) -> Any:
+    if name == "lora_target_modules":
+        return _names(name, value)
+    if name == "s2_group_size" and value == "auto":
+        return value
+    if name in _CHOICES:
+        return _choice(name, value, _CHOICES[name])
+    if name in _AT_LEAST:
+        return _integer(name, value, _AT_LEAST[name])
+    if declared is float:
+        return _number(name, value)
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def _names(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        raise TypeError(f'{name} must be a sequence of names such as ("{value}",), got the single string {value!r}')
+    try:
+        names = tuple(value)
+    except TypeError:
+        raise TypeError(f'{name} must be a sequence of names such as ("q_proj", "v_proj"), got {value!r}') from None
+    if not names or not all(isinstance(item, str) and item.strip(".") for item in names):
+        raise ValueError(
+            f'{name} must hold at least one name such as "q_proj", and only non-empty strings, got {value!r}'
+        )
+    return names
+
+
+def _choice(name: str, value: Any, allowed: tuple) -> Any:
+    # 0 == False and 1 == True would otherwise pass for booleans
+    if not any(value == option and type(value) is type(option) for option in allowed):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value
+
+
+def _integer(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        allowed = 'a whole number or "auto"' if name == "s2_group_size" else "a whole number"
+        raise TypeError(f"{name} must be {allowed}, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    return int(value)
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    value = float(value)
+    fraction = name in ("lora_dropout", "s2_shift_ratio")
+    if not math.isfinite(value) or (fraction and not 0 <= value < 1) or (not fraction and value <= 0):
+        allowed = "in [0, 1)" if fraction else "positive and finite"
+        raise ValueError(f"{name} must be {allowed}, got {value}")
+    return value

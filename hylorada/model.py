@@ -1,0 +1,460 @@
+"""HyLoRADAModel: takes a base model and a config, adapts the base model's linear layers, merges them, saves them."""
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any, cast
+
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from hylorada_kernels.nn import HybridLinear
+
+from . import storage
+from .config import DEFAULT_TARGET_MODULES, HyLoRADAConfig
+from .lora import (
+    PARAMETER_NAMES,
+    UnifiedLayer,
+    adapted_layers,
+    adapter_parameters,
+    find_targets,
+    merge_layers,
+    replace_modules,
+)
+from .position import PositionBias, PositionScale, find_backbone, has_position_scale
+
+logger = logging.getLogger(__name__)
+
+UNBUILT_COMPONENTS = {
+    "landmark_enabled": "LandmarkLoRA",
+    "s2_attn_enabled": "shifted sparse attention",
+    "train_embeddings": "training of embeddings",
+    "train_norms": "training of norms",
+    "rope_scaling_type": "RoPE scaling",
+}
+
+
+class HyLoRADAModel(nn.Module):
+    """A base model whose linear layers are adapted in place and whose own parameters are frozen.
+
+    It computes what the base model computes until it is trained. It starts in the base model's train or eval mode.
+    Attributes and methods that it does not have are the base model's.
+
+        model = HyLoRADAModel(base_model, HyLoRADAConfig(lora_rank=8))
+
+    Args:
+        base_model: a transformers PreTrainedModel. It is changed; where an error is raised it is left as it was.
+        config: what to adapt and how; None takes the defaults.
+
+    Attributes:
+        base_model: the base model with its adapted layers.   config: the base model's own config.
+        hylorada_config: the HyLoRADAConfig.   position_bias: the PositionBias, or None.
+        merged: whether the updates are in the base weights.
+
+    Raises:
+        TypeError, ValueError: a model or config that does not fit.
+        NotImplementedError: the config asks for a component that is not built yet.
+    """
+
+    base_model: PreTrainedModel
+    hylorada_config: HyLoRADAConfig
+    position_bias: PositionBias | None
+    merged: bool
+    _positions: PositionScale | None
+    _unmerged: dict[str, UnifiedLayer]
+
+    def __init__(self, base_model: PreTrainedModel, config: HyLoRADAConfig | None = None):
+        super().__init__()
+        self._assemble(base_model, HyLoRADAConfig() if config is None else config)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base model's forward: the same arguments by name, the same output."""
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "labels": labels,
+        }
+        kwargs |= {name: value for name, value in given.items() if value is not None}
+        if self.training and hasattr(self.config, "use_cache"):
+            # checkpointed layers drop the cache, and beside one transformers does not see packed documents
+            kwargs.setdefault("use_cache", False)
+        return self.base_model(**kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's generate."""
+        return cast(Any, self.base_model).generate(*args, **kwargs)
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """The adapter's parameters by the names that they have in a file; while merged, those that still act."""
+        parameters = adapter_parameters(adapted_layers(self.base_model))
+        return parameters | _position_parameters(self.position_bias)
+
+    def count_params(self) -> dict[str, int]:
+        """Numbers of parameters: "total", "trainable" and the adapter's, by kind."""
+        own = self.adapter_parameters()
+        counts = {
+            "total": sum(parameter.numel() for parameter in self.parameters()),
+            "trainable": sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad),
+        }
+        for kind in (*PARAMETER_NAMES, "position_bias"):
+            counts[kind] = sum(parameter.numel() for name, parameter in own.items() if _kind(name) == kind)
+        return counts
+
+    def print_trainable_params(self) -> None:
+        """Print for example "Trainable params: 811K / 125M (0.65%)"."""
+        counts = self.count_params()
+        share = counts["trainable"] / counts["total"]
+        print(f"Trainable params: {_readable(counts['trainable'])} / {_readable(counts['total'])} ({share:.2%})")
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Switch on the base model's gradient checkpointing, non-reentrant unless {"use_reentrant": True} is given."""
+        options = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
+        _enable_checkpointing(self.base_model, options)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Switch off the base model's gradient checkpointing."""
+        disable = getattr(self.base_model, "activation_checkpointing_disable", None)
+        (disable or self.base_model.gradient_checkpointing_disable)()
+        self.base_model.disable_input_require_grads()
+
+    def merge_lora_weights(self, keep_base: bool = True) -> None:
+        """Put the updates into the base weights: the adapted layers become plain linear layers again.
+
+        A position bias stays, as a scale on their inputs. Merging twice changes nothing.
+
+        Args:
+            keep_base: keep the original weights on the CPU for unmerge_lora_weights; False frees them and the updates.
+
+        Raises:
+            RuntimeError: a position bias of the low-rank part, or a weight that several layers share, cannot be merged.
+        """
+        if not self.merged:
+            self._check_mergeable()
+            layers = adapted_layers(self.base_model)
+            merge_layers(self.base_model, layers, keep_base)
+            linears: dict[nn.Module, nn.Module] = {layer: layer.to_linear() for layer in layers.values()}
+            replace_modules(self.base_model, linears)
+            self._scale_inputs(list(linears.values()))
+            self._unmerged, self.merged = layers, True
+        if not keep_base:
+            self._unmerged = {}
+
+    def unmerge_lora_weights(self) -> None:
+        """Take the updates out of the base weights again; these are then what they were, bit for bit."""
+        if not self.merged:
+            return
+        if not self._unmerged:
+            raise RuntimeError(
+                "the original weights are gone: the model was merged with keep_base=False, or loaded from the folder "
+                "of a merged model; load the base model and its adapter again"
+            )
+        layers: dict[nn.Module, nn.Module] = {}
+        for name, layer in self._unmerged.items():
+            linear = self.base_model.get_submodule(name)
+            # the model may have been moved, or put into another mode, since the merge
+            layer.weight, layer.bias = linear.get_parameter("weight"), cast(Any, linear).bias
+            layer.to(layer.weight.device).train(linear.training)
+            layer.unmerge()
+            layers[linear] = layer
+        replace_modules(self.base_model, layers)
+        self._unmerged, self.merged = {}, False
+
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Save the adapter, adapter.safetensors with hylorada_config.json, and after a merge the full model beside it.
+
+        transformers can load the full model too, but not the position bias, which is in adapter.safetensors. Old files
+        are replaced when all new ones are written; if that fails they stay.
+        """
+        self._warn_of_unsaved()
+        adapter = storage.SavedAdapter(
+            config=self.hylorada_config.to_dict(),
+            merged=self.merged,
+            base_model=getattr(self.config, "_name_or_path", None) or "",
+            base_fingerprint=storage.fingerprint(_base_parameters(self.base_model)),
+            tensors=self.adapter_parameters(),
+        )
+        with storage.replacing_files(directory, storage.FULL_MODEL_FILES if self.merged else ()) as folder:
+            if self.merged:
+                self.base_model.save_pretrained(folder)
+            storage.write_adapter(folder, adapter)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
+        """Not built: the base model's own would upload layers that transformers cannot read."""
+        raise NotImplementedError("push_to_hub is not built; call save_pretrained(directory) and upload the folder")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base_model: PreTrainedModel | str | os.PathLike | None,
+        directory: str | os.PathLike,
+        *,
+        strict_base: bool = True,
+    ) -> "HyLoRADAModel":
+        """Load what `save_pretrained` saved: the model that comes back computes what the saved one computed.
+
+        Args:
+            base_model: the base model, which is changed; its name or path; or None for the one that the adapter names.
+                In the folder of a merged model None takes the full model, and a given base model gets its weights.
+            directory: the folder.
+            strict_base: refuse a base model whose parameters have other names, shapes or (in samples) norms of rows.
+
+        Raises:
+            FileNotFoundError: no adapter there.
+            ValueError: the adapter is damaged, foreign or of a newer format, or the base model is another one.
+        """
+        saved = storage.read_adapter(directory)
+        config = HyLoRADAConfig.from_dict(saved.config)
+        full_model = None
+        if saved.merged:
+            full_model = _load_full_model(directory, base_model)
+            storage.check_base(saved.base_fingerprint, _base_parameters(full_model))
+        model = cls.__new__(cls)
+        nn.Module.__init__(model)
+        model._assemble(_load_base(base_model, full_model, saved.base_model), config, saved, strict_base)
+        if full_model is not None and base_model is not None:
+            model.base_model.load_state_dict(full_model.state_dict())
+        return model
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model" or name.startswith("__"):
+                raise
+            return getattr(self.base_model, name)
+
+    def _assemble(
+        self,
+        base_model: PreTrainedModel,
+        config: HyLoRADAConfig,
+        saved: storage.SavedAdapter | None = None,
+        strict_base: bool = True,
+    ) -> None:
+        """Build every part, fill it with a saved adapter's values, and only then put it into the base model."""
+        targets = _check(base_model, config)
+        is_merged = saved is not None and saved.merged
+        if saved is not None and (strict_base or is_merged):
+            # the weights of a merged model's base are about to be replaced
+            fingerprint = saved.base_fingerprint | ({"row_norms": {}} if is_merged else {})
+            storage.check_base(fingerprint, _base_parameters(base_model))
+        was_trainable = [parameter for parameter in base_model.parameters() if parameter.requires_grad]
+        try:
+            base_model.requires_grad_(False)
+            layers = {} if is_merged else {name: _build_layer(linear, config) for name, linear in targets.items()}
+            position_bias = _build_position_bias(targets, config)
+            if saved is not None:
+                _fill(adapter_parameters(layers) | _position_parameters(position_bias), saved.tensors)
+            if config.gradient_checkpointing and base_model.supports_gradient_checkpointing:
+                _enable_checkpointing(base_model, {"use_reentrant": False})
+        except BaseException:
+            for parameter in was_trainable:
+                parameter.requires_grad_(True)
+            raise
+
+        self.base_model = base_model
+        self.hylorada_config = config
+        self.position_bias = position_bias
+        self._positions = None
+        if position_bias is not None:
+            position_bias.train(base_model.training)
+            self._positions = PositionScale(position_bias, find_backbone(base_model, set(targets.values())))
+        self._unmerged = {}
+        self.merged = is_merged
+        # not by train(), which would reach into the base model
+        self.training = base_model.training
+        for layer in layers.values():
+            layer.positions = self._positions
+        if is_merged:
+            self._scale_inputs(list(targets.values()))
+        replace_modules(base_model, {targets[name]: layer for name, layer in layers.items()})
+
+    def _scale_inputs(self, linears: list[nn.Module]) -> None:
+        if self._positions is not None:
+            for linear in linears:
+                linear.register_forward_pre_hook(self._positions.scale_input)
+
+    def _check_mergeable(self) -> None:
+        if self.position_bias is not None and self.hylorada_config.position_bias_target == "delta":
+            raise RuntimeError(
+                'position_bias_target="delta" scales the low-rank update by position, which no weight can hold; '
+                'do not merge, or train with position_bias_target="output" or without position bias'
+            )
+
+    def _warn_of_unsaved(self) -> None:
+        own = set(self.adapter_parameters().values())
+        unsaved = [
+            name for name, parameter in self.named_parameters() if parameter.requires_grad and parameter not in own
+        ]
+        if unsaved and not self.merged:
+            logger.warning(
+                "an adapter does not hold these trainable parameters of the base model: %s", ", ".join(unsaved)
+            )
+
+
+def get_lora_plus_param_groups(
+    model: nn.Module,
+    lr_lora: float = 2e-4,
+    lr_magnitude: float = 1e-3,
+    lr_position: float = 5e-4,
+    weight_decay: float = 0.0,
+    lora_plus_ratio: float = 1.0,
+) -> list[dict[str, Any]]:
+    """An optimizer's parameter groups, one for each kind of trainable parameter.
+
+    Args:
+        model: a HyLoRADAModel, or a wrapper of one.
+        lr_lora: of A and B, and of trainable parameters of the base model.   lr_magnitude: of magnitudes and blends.
+        lr_position: of the position bias.
+        weight_decay: of A, B and parameters of the base model; the others, whose neutral value is not 0, have none.
+        lora_plus_ratio: the learning rate of B over that of A (LoRA+; Hayou et al. 2024).
+    """
+    decayed = {"lora_a": lr_lora, "lora_b": lr_lora * lora_plus_ratio, "base": lr_lora}
+    rates = decayed | {"magnitude": lr_magnitude, "residual_weight": lr_magnitude, "position_bias": lr_position}
+    members: dict[str, list[nn.Parameter]] = {kind: [] for kind in rates}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            members[_kind(name)].append(parameter)
+    if not any(members.values()):
+        raise ValueError(f"{type(model).__name__} has no trainable parameters; give a HyLoRADAModel that is not merged")
+    return [
+        {"name": kind, "params": members[kind], "lr": rate, "weight_decay": weight_decay if kind in decayed else 0.0}
+        for kind, rate in rates.items()
+        if members[kind]
+    ]
+
+
+def _check(base_model: PreTrainedModel, config: HyLoRADAConfig) -> dict[str, nn.Module]:
+    """Everything that can be known before the base model is touched. -> the layers to adapt."""
+    if not isinstance(config, HyLoRADAConfig):
+        raise TypeError(
+            f"config must be a HyLoRADAConfig, got {type(config).__name__}; HyLoRADAConfig.from_dict takes a dict"
+        )
+    if isinstance(base_model, nn.Module) and any(
+        isinstance(module, HybridLinear) or has_position_scale(module) for module in base_model.modules()
+    ):
+        raise ValueError(f"{type(base_model).__name__} is adapted already; load the base model again to adapt it anew")
+    if not isinstance(base_model, PreTrainedModel):
+        raise TypeError(f"base_model must be a transformers PreTrainedModel, got {type(base_model).__name__}")
+    for field, component in UNBUILT_COMPONENTS.items():
+        if value := getattr(config, field):
+            raise NotImplementedError(f"{component} ({field}={value!r}) is not built yet; leave {field} at its default")
+    if config.rope_scaling_factor != 1 and config.rope_scaling_type is None:
+        logger.warning(
+            "rope_scaling_factor=%s does nothing while rope_scaling_type is None", config.rope_scaling_factor
+        )
+    is_default = config.lora_target_modules == DEFAULT_TARGET_MODULES
+    targets = find_targets(base_model, config.lora_target_modules, warn_unmatched=not is_default)
+    if config.position_bias_enabled:
+        _check_position_bias(base_model, targets)
+    return targets
+
+
+def _check_position_bias(base_model: PreTrainedModel, targets: dict[str, nn.Module]) -> None:
+    if getattr(base_model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            "position bias needs one sequence of positions, not an encoder's and a decoder's; "
+            "set position_bias_enabled=False"
+        )
+    head = base_model.get_output_embeddings()
+    heads = [name for name, linear in targets.items() if linear is head]
+    if heads:
+        raise ValueError(
+            f"position bias cannot scale the output head {heads[0]}, which may see only some of the tokens; "
+            "leave it out of lora_target_modules or set position_bias_enabled=False"
+        )
+
+
+def _build_layer(linear: nn.Module, config: HyLoRADAConfig) -> UnifiedLayer:
+    layer = UnifiedLayer.from_linear(
+        linear,
+        config.lora_rank,
+        config.lora_alpha,
+        dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        use_magnitude=config.use_dora_magnitude,
+        use_blend=config.use_blend,
+        init=config.lora_init,
+        norm_grad=config.dora_norm_grad,
+        token_scale_target=config.position_bias_target,
+    )
+    return cast(UnifiedLayer, layer.train(linear.training))
+
+
+def _build_position_bias(targets: dict[str, nn.Module], config: HyLoRADAConfig) -> PositionBias | None:
+    if not config.position_bias_enabled:
+        return None
+    device = next(iter(targets.values())).weight.device
+    return PositionBias(config.position_num_buckets, config.max_sequence_length, config.position_bucket, device)
+
+
+def _position_parameters(position_bias: PositionBias | None) -> dict[str, nn.Parameter]:
+    return {} if position_bias is None else dict(position_bias.named_parameters(prefix="position_bias"))
+
+
+def _fill(parameters: dict[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
+    storage.check_tensors(tensors, parameters)
+    for name, parameter in parameters.items():
+        parameter.data = tensors[name].to(parameter.device)
+
+
+def _enable_checkpointing(base_model: PreTrainedModel, options: dict[str, Any]) -> None:
+    # transformers makes the embeddings' output require a gradient, which only reentrant checkpointing needs: elsewhere
+    # it costs a backward through the first layer's frozen weights, and its hook is a closure that cannot be pickled
+    base_model.disable_input_require_grads()
+    # the older releases of transformers 5 know the other name only
+    enable = getattr(base_model, "activation_checkpointing_enable", None) or base_model.gradient_checkpointing_enable
+    enable(options)
+    base_model.disable_input_require_grads()
+    if options["use_reentrant"]:
+        base_model.enable_input_require_grads()
+
+
+def _base_parameters(base_model: nn.Module) -> dict[str, Tensor]:
+    own = set(adapter_parameters(adapted_layers(base_model)).values())
+    parameters = base_model.named_parameters(remove_duplicate=False)
+    return {name: parameter for name, parameter in parameters if parameter not in own}
+
+
+def _load_base(
+    base_model: PreTrainedModel | str | os.PathLike | None, full_model: PreTrainedModel | None, name: str
+) -> PreTrainedModel:
+    if base_model is None and full_model is not None:
+        return full_model
+    if base_model is None and not name:
+        raise ValueError("the adapter does not name its base model; pass base_model")
+    if base_model is None:
+        base_model = name
+    if isinstance(base_model, (str, os.PathLike)):
+        return AutoModelForCausalLM.from_pretrained(base_model, dtype="auto")
+    return base_model
+
+
+def _load_full_model(directory: str | os.PathLike, like: Any) -> PreTrainedModel:
+    model_class = type(like) if isinstance(like, PreTrainedModel) else AutoModelForCausalLM
+    try:
+        return model_class.from_pretrained(directory, dtype="auto")
+    except SafetensorError as error:
+        raise ValueError(f"the merged model in {directory} is damaged: {error}; save or copy it again") from error
+
+
+def _kind(name: str) -> str:
+    parent, _, leaf = name.rpartition(".")
+    if parent.rpartition(".")[2] == "position_bias":
+        return "position_bias"
+    return leaf if leaf in PARAMETER_NAMES else "base"
+
+
+def _readable(count: int) -> str:
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if count >= 0.9995 * size:
+            return f"{count / size:.3g}{unit}"
+    return str(count)

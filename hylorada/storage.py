@@ -1,0 +1,242 @@
+"""Adapter files: safetensors beside a JSON record with the config, the base model's fingerprint and a checksum.
+
+A folder is written as a whole: all files go into a scratch folder, and replace the old ones when all are on the disk.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+FORMAT_VERSION = 1
+TENSORS_FILE = "adapter.safetensors"
+RECORD_FILE = "hylorada_config.json"
+
+# a new full model with other shards would not overwrite these, and transformers would load them
+FULL_MODEL_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+
+SAMPLED_TENSORS = 32
+SAMPLED_ROWS = 8
+ROW_NORM_TOLERANCE = 0.02
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """What an adapter's folder holds.
+
+    config: of HyLoRADAConfig.to_dict.   base_model: its name or path, or "".   base_fingerprint: of `fingerprint`.
+    merged: the folder holds a full model too, and the tensors are what acts beside it at run time.
+    tensors: the adapter's, by name.
+    """
+
+    config: dict[str, Any]
+    merged: bool
+    base_model: str
+    base_fingerprint: dict[str, Any]
+    tensors: Mapping[str, Tensor]
+
+
+@contextmanager
+def replacing_files(directory: str | os.PathLike, obsolete: tuple[str, ...] = ()) -> Iterator[Path]:
+    """A scratch folder whose files move into `directory` when the block succeeds; else `directory` stays as it was.
+
+    obsolete: patterns of files that then go away, unless there are new ones of their names.
+    """
+    directory = Path(directory)
+    is_new = not directory.exists()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as scratch:
+            new, old = Path(scratch, "new"), Path(scratch, "old")
+            new.mkdir()
+            old.mkdir()
+            yield new
+            _sync(new)
+            _exchange(directory, new, old, obsolete)
+    except BaseException as error:
+        if is_new and directory.is_dir() and not any(directory.iterdir()):
+            directory.rmdir()
+        if isinstance(error, OSError):
+            raise OSError(f"cannot save to {directory}: {error}; what was there before is unchanged") from error
+        raise
+
+
+def write_adapter(directory: Path, adapter: SavedAdapter) -> None:
+    """Write the two files of an adapter into a folder (a scratch folder of `replacing_files`)."""
+    data = save(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.tensors.items()}, {"format": "pt"}
+    )
+    (directory / TENSORS_FILE).write_bytes(data)
+    record = {
+        "format_version": FORMAT_VERSION,
+        "config": adapter.config,
+        "merged": adapter.merged,
+        "base_model": adapter.base_model,
+        "base_fingerprint": adapter.base_fingerprint,
+        "tensors_sha256": hashlib.sha256(data).hexdigest(),
+    }
+    record["checksum"] = _checksum(record)
+    (directory / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def read_adapter(directory: str | os.PathLike) -> SavedAdapter:
+    """Read what `write_adapter` wrote, and check every byte of it.
+
+    Raises:
+        FileNotFoundError: there is no adapter.   ValueError: it is damaged, foreign or of a newer format.
+    """
+    directory = Path(directory)
+    record = _read_record(directory)
+    path = directory / TENSORS_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory} has a {RECORD_FILE} but no {TENSORS_FILE}; copy the whole folder again")
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != record["tensors_sha256"]:
+        raise ValueError(
+            f"{path} is damaged or belongs to another {RECORD_FILE} ({len(data)} bytes); save or copy the adapter again"
+        )
+    try:
+        tensors = load(data)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    return SavedAdapter(record["config"], record["merged"], record["base_model"], record["base_fingerprint"], tensors)
+
+
+def fingerprint(parameters: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What tells one base model from another: all names and shapes, and some norms of rows of some matrices."""
+    matrices = [
+        name
+        for name, tensor in parameters.items()
+        if tensor.dim() > 1 and tensor.is_floating_point() and not tensor.is_meta
+    ]
+    return {
+        "shapes": {name: list(tensor.shape) for name, tensor in parameters.items()},
+        "row_norms": {name: _sampled_row_norms(parameters[name]) for name in _spread(matrices, SAMPLED_TENSORS)},
+    }
+
+
+def check_base(saved: dict[str, Any], parameters: Mapping[str, Tensor]) -> None:
+    """ValueError where `parameters` are not those of the base model with the `saved` fingerprint."""
+    advice = "; load the base model that the adapter was trained on, or pass strict_base=False if you know that it fits"
+    shapes = {name: list(tensor.shape) for name, tensor in parameters.items()}
+    if absent := sorted(saved["shapes"].keys() - shapes.keys()):
+        raise ValueError(f"wrong base model: it has no {_some(absent)}{advice}")
+    if added := sorted(shapes.keys() - saved["shapes"].keys()):
+        raise ValueError(f"wrong base model: the adapter's has no {_some(added)}{advice}")
+    for name, shape in saved["shapes"].items():
+        if shapes[name] != shape:
+            raise ValueError(
+                f"wrong base model: {name} has shape {tuple(shapes[name])}, the adapter's has {tuple(shape)}{advice}"
+            )
+    for name, norms in saved["row_norms"].items():
+        if parameters[name].is_meta:
+            continue
+        expected, found = torch.tensor(norms), torch.tensor(_sampled_row_norms(parameters[name]))
+        difference = ((found - expected).abs() / expected.abs().clamp(min=1e-12)).max().item()
+        # written so that a nan fails too
+        if not difference <= ROW_NORM_TOLERANCE:
+            raise ValueError(
+                f"wrong base model: the rows of {name} have norms that differ by {difference:.1%} "
+                f"from the adapter's base model ({ROW_NORM_TOLERANCE:.0%} is allowed){advice}"
+            )
+
+
+def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """ValueError where an adapter's tensors have not the names and shapes of `expected`, or are not floating point."""
+    if absent := sorted(expected.keys() - tensors.keys()):
+        raise ValueError(f"the adapter does not fit its config on this model: it lacks {_some(absent)}")
+    if added := sorted(tensors.keys() - expected.keys()):
+        raise ValueError(f"the adapter does not fit its config on this model: nothing takes {_some(added)}")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape or not tensor.is_floating_point():
+            raise ValueError(
+                f"the adapter does not fit its config on this model: {name} is {tuple(tensor.shape)} {tensor.dtype}, "
+                f"expected {tuple(expected[name].shape)} floating point"
+            )
+
+
+def _read_record(directory: Path) -> dict[str, Any]:
+    path = directory / RECORD_FILE
+    if not path.is_file():
+        hint = "; it holds a PEFT adapter, load that with peft" if (directory / "adapter_config.json").is_file() else ""
+        raise FileNotFoundError(f"{directory} holds no HyLoRADA adapter: there is no {RECORD_FILE} in it{hint}")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; save or copy the adapter again") from error
+    version = record.get("format_version") if isinstance(record, dict) else None
+    if not isinstance(version, int):
+        raise ValueError(f"{path} is not the record of a HyLoRADA adapter: it has no format_version")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {version}, this hylorada reads up to {FORMAT_VERSION}; install a newer hylorada"
+        )
+    checksum = record.pop("checksum", None)
+    if checksum != _checksum(record):
+        raise ValueError(f"{path} is damaged or was edited: its checksum does not fit; save or copy the adapter again")
+    return record
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _sampled_row_norms(tensor: Tensor) -> list[float]:
+    rows = _spread(range(tensor.shape[0]), SAMPLED_ROWS)
+    return tensor.detach()[rows].float().flatten(1).norm(dim=1).tolist()
+
+
+def _spread(items: Any, count: int) -> list:
+    """At most `count` items, evenly spaced, with the first and the last."""
+    if len(items) <= count:
+        return list(items)
+    return [items[index * (len(items) - 1) // (count - 1)] for index in range(count)]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+
+
+def _exchange(directory: Path, new: Path, old: Path, obsolete: tuple[str, ...]) -> None:
+    arriving = [path.name for path in new.iterdir()]
+    leaving = [path.name for pattern in obsolete for path in directory.glob(pattern) if path.name not in arriving]
+    kept = [name for name in {*arriving, *leaving} if (directory / name).exists()]
+    for name in kept:
+        _link_or_copy(directory / name, old / name)
+    try:
+        for name in arriving:
+            os.replace(new / name, directory / name)
+        for name in leaving:
+            os.unlink(directory / name)
+    except BaseException:
+        for name in arriving:
+            if name not in kept:
+                (directory / name).unlink(missing_ok=True)
+        for name in kept:
+            os.replace(old / name, directory / name)
+        raise
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

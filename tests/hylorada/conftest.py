@@ -1,0 +1,85 @@
+"""Tiny random models of several families, and adapted ones whose adapter is not at its start values."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from hylorada import HyLoRADAConfig, HyLoRADAModel
+
+SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA_LIKE = SMALL | {"intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 128}
+LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+FAMILIES = {
+    "gpt2": (
+        "GPT2",
+        {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+        | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+        ("c_attn", "c_proj", "c_fc"),
+    ),
+    "gpt_neox": ("GPTNeoX", LLAMA_LIKE, ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")),
+    "llama": ("Llama", LLAMA_LIKE, LLAMA_TARGETS),
+    "mistral": ("Mistral", LLAMA_LIKE, LLAMA_TARGETS),
+    "opt": (
+        "OPT",
+        SMALL | {"ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 128, "dropout": 0.0},
+        ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+    ),
+    "qwen2": ("Qwen2", LLAMA_LIKE, LLAMA_TARGETS),
+}
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def family(request):
+    """Every family in turn."""
+    return request.param
+
+
+@pytest.fixture
+def make_base():
+    """make_base(family, dtype) -> a tiny causal language model in eval mode, with the same random weights each time."""
+
+    def make(family="llama", dtype=torch.float32, **changes):
+        prefix, options, _ = FAMILIES[family]
+        tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+        config = getattr(transformers, f"{prefix}Config")(**options | tokens | changes)
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{prefix}ForCausalLM" if prefix != "GPT2" else "GPT2LMHeadModel")(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        return model.to(dtype).eval()
+
+    return make
+
+
+@pytest.fixture
+def make_model(make_base):
+    """make_model(family, **config fields) -> an adapted model whose parameters are not at their start values."""
+
+    def make(family="llama", dtype=torch.float32, start=False, **fields):
+        defaults = {"lora_rank": 4, "lora_dropout": 0.0, "gradient_checkpointing": False}
+        fields = defaults | {"lora_target_modules": FAMILIES[family][2]} | fields
+        model = HyLoRADAModel(make_base(family, dtype), HyLoRADAConfig(**fields))
+        return model if start else disturb(model)
+
+    return make
+
+
+@pytest.fixture
+def token_ids():
+    """(2, 12) token ids without special tokens."""
+    return torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+# large enough to matter, small enough that a tiny network stays well conditioned
+NOISE = {"lora_a": 0.05, "lora_b": 0.03, "magnitude": 0.05, "residual_weight": 0.5, "table": 0.5, "weight": 0.5}
+
+
+def disturb(model: nn.Module) -> nn.Module:
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.adapter_parameters().items():
+            parameter.add_(NOISE[name.rpartition(".")[2]] * torch.randn_like(parameter))
+    return model
