@@ -112,13 +112,14 @@ def has_matrix_units(device: torch.device) -> bool:
     return _compute_capability(device) >= (8, 0)
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Whether an op may call its implementation directly.
+def runs_directly(tensor: Tensor, choice: str) -> bool:
+    """Whether an op may call its implementation without going through the registered custom op, which saves 10 us.
 
-    A trace (torch.compile, export) and tensor subclasses (fake tensors) must see the registered custom op instead,
-    which is opaque to them; everyone else saves its 10 us on the host.
+    A trace (torch.compile, export), tensor subclasses (fake tensors) and meta tensors must see the custom op, which is
+    opaque to them; meta tensors given to Triton are there to be compiled for.
     """
-    return type(tensor) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and (choice == "triton" or not tensor.is_meta)
+    return plain and not torch.compiler.is_compiling()
 
 
 def no_autocast(tensor: Tensor):

@@ -1,4 +1,4 @@
-"""Every kernel of the ops compiles ahead of time for real GPUs, without spills, within shared memory, without atomics."""
+"""Every kernel compiles ahead of time for real GPUs, without spills, within shared memory, without atomics."""
 
 import functools
 

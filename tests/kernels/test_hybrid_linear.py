@@ -295,6 +295,24 @@ def test_autocast_follows_linear(backend):
         assert torch.equal(gradient, gradients[name].float()), name
 
 
+@pytest.mark.parametrize("parts", [{}, {"magnitude": False}, {"bias": False, "token_scale": False}], ids=str)
+def test_the_registered_ops_keep_their_contract(backend, parts):
+    """torch.library.opcheck: schema, fake tensors, no aliasing; dropout adds the mask or the seed to the outputs."""
+    given = linear_inputs(6, 20, 16, 4, **parts)
+    inputs = [given.x, given.weight, given.lora_a, given.lora_b, given.magnitude, given.blend]
+    checks = ("test_schema", "test_faketensor")
+    for dropout_p in (0.0, 0.5):
+        for norm in (None, None if given.magnitude is None else given.weight.norm(dim=1)):
+            options = [given.scale, "output", dropout_p]
+            arguments = (*inputs, norm, given.bias, given.token_scale, *options)
+            torch.library.opcheck(torch.ops.hylorada.hybrid_linear, (*arguments, True, backend), test_utils=checks)
+    y, h, gain, _, kept, dropped = torch.ops.hylorada.hybrid_linear(*arguments, True, backend)
+    saved = (h, gain, kept if kept.numel() else y, dropped)
+    needs = [tensor is not None for tensor in (given.x, *inputs[2:], norm, given.bias, given.token_scale)]
+    arguments = (given.dy, *inputs, norm, given.bias, given.token_scale, *saved, *options, needs, backend)
+    torch.library.opcheck(torch.ops.hylorada.hybrid_linear_backward, arguments, test_utils=checks)
+
+
 BAD = {
     "x of another width": ({"x": torch.zeros(3, 9)}, ValueError, "x must end in 8 features"),
     "rank mismatch": ({"lora_b": torch.zeros(6, 3)}, ValueError, "shapes do not fit"),
@@ -304,6 +322,7 @@ BAD = {
     "two dtypes": ({"x": torch.zeros(3, 8, dtype=torch.bfloat16)}, TypeError, "must have one dtype"),
     "magnitude of another length": ({"magnitude": torch.zeros(5)}, ValueError, r"magnitude must have shape \(6,\)"),
     "blend without magnitude": ({"blend": torch.zeros(1)}, ValueError, "give both or neither"),
+    "norm without magnitude": ({"norm": torch.ones(6)}, ValueError, "give both or neither"),
     "token scale of another shape": (
         {"token_scale": torch.zeros(4)},
         ValueError,

@@ -130,6 +130,17 @@ def test_adapters_are_fp32_and_gain_is_one_at_the_start():
     assert not layer.lora_b.any() and layer.residual_weight.item() == pytest.approx(0.1)
 
 
+def test_it_can_be_built_on_the_meta_device():
+    layer = HybridLinear.from_linear(nn.Linear(50, 30, device="meta"), rank=4)
+    assert {name: tuple(p.shape) for name, p in layer.named_parameters() if p.requires_grad} == {
+        "lora_a": (4, 50),
+        "lora_b": (30, 4),
+        "magnitude": (30,),
+        "residual_weight": (1,),
+    }
+    assert layer(torch.empty(2, 50, device="meta")).shape == (2, 30)
+
+
 def test_rank_above_the_width_works():
     layer = trained(HybridLinear.from_linear(linear("plain"), rank=64))
     assert layer(torch.randn(3, 50)).isfinite().all()

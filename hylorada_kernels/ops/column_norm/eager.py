@@ -10,20 +10,32 @@ CHUNK_ELEMENTS = 1 << 18
 
 
 def forward(weight: Tensor, lora_a: Tensor, lora_b: Tensor, *, scale: float) -> Tensor:
-    """n^2 = ||W||^2 + 2 s <W, B A> + s^2 ||B A||^2 from W A^T (O, R) and A A^T (R, R); rows that cancel are redone
-    directly.
-
-    Low-precision weights are widened a few rows at a time: a bf16 GEMM would leave an error of 5e-5.
-    """
+    """See `from_products`; low-precision weights are widened a few rows at a time: a bf16 GEMM would err by 5e-5."""
     dtype = accumulation_dtype(weight)
-    a, b = lora_a.to(dtype), lora_b.to(dtype)
-    base, cross = _row_squares_and_products(weight, a, dtype)
-    cross = (cross * b).sum(1) * scale
-    update = ((b @ (a @ a.T)) * b).sum(1) * scale**2
+    a = lora_a.to(dtype)
+    products = weight.new_empty(weight.shape[0], a.shape[0], dtype=dtype)
+    for rows in _row_chunks(weight, dtype):
+        torch.mm(weight[rows].to(dtype), a.T, out=products[rows])
+    return from_products(weight, lora_a, lora_b, products, a @ a.T, scale=scale)
+
+
+def from_products(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, products: Tensor, gram: Tensor, *, scale: float
+) -> Tensor:
+    """n^2 = ||W||^2 + 2 s <W, B A> + s^2 ||B A||^2 from W A^T (O, R) and A A^T (R, R), both in the norm's dtype.
+
+    Rows that cancel are computed again directly.
+    """
+    dtype = products.dtype
+    b = lora_b.to(dtype)
+    base = _row_squares(weight, dtype)
+    cross = (products * b).sum(1).mul_(scale)
+    update = ((b @ gram) * b).sum(1).mul_(scale**2)
     squared = base + 2 * cross + update
     cancelled = (squared < CANCELLATION * (base + update)).nonzero().squeeze(1)
     if cancelled.numel():
-        squared[cancelled] = (weight[cancelled].to(dtype) + scale * (b[cancelled] @ a)).square().sum(1)
+        adapted = weight[cancelled].to(dtype) + scale * (b[cancelled] @ lora_a.to(dtype))
+        squared[cancelled] = adapted.square().sum(1)
     return squared.sqrt_()
 
 
@@ -36,11 +48,12 @@ def backward(
     # a zero row has no direction: its norm is at a minimum there, the subgradient is 0
     d = torch.where(norm > 0, grad / norm, 0)
     weighted = scale * d[:, None] * b
-    _, products = _row_squares_and_products(weight, a, dtype)
-    db = (scale * d)[:, None] * products + scale * weighted @ (a @ a.T)
+    db = scale * weighted @ (a @ a.T)
     da = scale * (weighted.T @ b) @ a
     for rows in _row_chunks(weight, dtype):
-        da.addmm_(weighted[rows].T, weight[rows].to(dtype))
+        wide = weight[rows].to(dtype)
+        db[rows] += (scale * d[rows])[:, None] * (wide @ a.T)
+        da.addmm_(weighted[rows].T, wide)
     return da.to(lora_a.dtype), db.to(lora_b.dtype)
 
 
@@ -56,12 +69,9 @@ def _row_chunks(weight: Tensor, dtype: torch.dtype) -> list[slice]:
     return [slice(start, start + step) for start in range(0, rows, max(step, 1))]
 
 
-def _row_squares_and_products(weight: Tensor, a: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """||W_j||^2 (O,) and W A^T (O, R), both in `dtype`."""
+def _row_squares(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """||W_j||^2, (O,) in `dtype`."""
     squares = weight.new_empty(weight.shape[0], dtype=dtype)
-    products = weight.new_empty(weight.shape[0], a.shape[0], dtype=dtype)
     for rows in _row_chunks(weight, dtype):
-        wide = weight[rows].to(dtype)
-        torch.linalg.vector_norm(wide, dim=1, out=squares[rows])
-        torch.mm(wide, a.T, out=products[rows])
-    return squares.square_(), products
+        torch.linalg.vector_norm(weight[rows].to(dtype), dim=1, out=squares[rows])
+    return squares.square_()

@@ -90,7 +90,7 @@ class _ColumnNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, lora_a, lora_b, scale, choice):
         with backend.no_autocast(weight):
-            run = _forward if backend.is_plain(weight) else _op
+            run = _forward if backend.runs_directly(weight, choice) else _op
             norm = run(weight, lora_a, lora_b, scale, choice)
         ctx.save_for_backward(weight, lora_a, lora_b, norm)
         ctx.scale = scale

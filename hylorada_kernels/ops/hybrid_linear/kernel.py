@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._tl import next_power_of_two, target_architecture, tile_of
+from ..column_norm import kernel as column_norm
 
 # up to this rank the low-rank gradient P fits into the registers of the dx kernel
 FUSED_RANK = 32
@@ -568,14 +569,20 @@ def forward(
     token_scale_target: str,
     dropout_p: float,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> y (T, O), h (T, R), gain (O,), nothing, dropout seed (1,); what is not needed is empty."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> y (T, O), h (T, R), gain (O,), norm (O,), nothing, dropout seed (1,).
+
+    What is not needed, or was given, is empty.
+    """
     (tokens, columns), rows, rank = x.shape, weight.shape[0], lora_a.shape[0]
     y, h, nothing = x.new_empty(tokens, rows), x.new_empty(tokens, rank), x.new_empty(0)
     gain = nothing if magnitude is None else x.new_empty(rows, dtype=torch.float32)
     seed = torch.randint(2**62, (1 if dropout_p else 0,), device=x.device, dtype=torch.int64)
+    own_norm = nothing
+    if magnitude is not None and norm is None:
+        norm = own_norm = column_norm.forward(weight, lora_a, lora_b, scale=scale)
     if not tokens or not rows:
-        return y, h, gain, nothing, seed
+        return y, h, gain, own_norm, nothing, seed
     tile, thin = gemm_tile(x.dtype), low_rank_tile(x.dtype)
     block_r = _rank_block(rank, thin)
     lora_down_kernel[(triton.cdiv(tokens, thin.rows), triton.cdiv(rank, block_r))](
@@ -596,7 +603,7 @@ def forward(
         BLOCK_T=tile.rows, BLOCK_O=tile.columns, BLOCK_I=tile.depth, BLOCK_R=block_r, GROUP=8,
         **tile.options(),
     )  # fmt: skip
-    return y, h, gain, nothing, seed
+    return y, h, gain, own_norm, nothing, seed
 
 
 def backward(

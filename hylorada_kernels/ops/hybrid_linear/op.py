@@ -69,13 +69,12 @@ def hybrid_linear(
         RuntimeError: "triton" was asked for and cannot run here.
     """
     _check(x, weight, lora_a, lora_b, magnitude, blend, bias, norm, token_scale, token_scale_target, dropout_p)
-    if magnitude is not None:
-        if norm is None:
-            with torch.set_grad_enabled(norm_grad and torch.is_grad_enabled()):
-                norm = column_norm(weight, lora_a, lora_b, scale=scale)
-        elif not norm_grad:
-            norm = norm.detach()
     dtype = backend.autocast_dtype(x)
+    if magnitude is not None and norm is None and (norm_grad or dtype not in (None, weight.dtype)):
+        with torch.set_grad_enabled(norm_grad and torch.is_grad_enabled()):
+            norm = column_norm(weight, lora_a, lora_b, scale=scale)
+    elif norm is not None and not norm_grad:
+        norm = norm.detach()
     if dtype is not None:
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -101,10 +100,11 @@ def _check(x, weight, lora_a, lora_b, magnitude, blend, bias, norm, token_scale,
         )
     if not x.dtype.is_floating_point:
         raise TypeError(f"x must be floating point, got {x.dtype}")
-    if blend is not None and magnitude is None:
-        raise ValueError(
-            "blend was given without magnitude: it mixes the magnitude's gain with 1; give both or neither"
-        )
+    for name, tensor in (("blend", blend), ("norm", norm)):
+        if tensor is not None and magnitude is None:
+            raise ValueError(
+                f"{name} was given without magnitude, whose gain m / n it is part of; give both or neither"
+            )
     if token_scale_target not in TOKEN_SCALE_TARGETS:
         raise ValueError(f"token_scale_target must be one of {TOKEN_SCALE_TARGETS}, got {token_scale_target!r}")
     if not 0.0 <= dropout_p < 1.0:
@@ -133,6 +133,31 @@ def _implementation(choice: str):
     return kernel if choice == "triton" else eager
 
 
+def _forward(
+    x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale,
+    scale, token_scale_target, dropout_p, save, choice,
+):  # fmt: skip
+    return _implementation(choice).forward(
+        x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale,
+        scale=scale, token_scale_target=token_scale_target, dropout_p=dropout_p, save=save,
+    )  # fmt: skip
+
+
+def _backward(
+    dy, x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale, h, gain, kept, dropped,
+    scale, token_scale_target, dropout_p, needs, choice,
+):  # fmt: skip
+    return _implementation(choice).backward(
+        dy, x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale, h, gain, kept, dropped,
+        scale=scale, token_scale_target=token_scale_target, dropout_p=dropout_p, needs=needs,
+    )  # fmt: skip
+
+
+def _distinct(tensors: tuple[Tensor, ...] | list[Tensor]) -> list[Tensor]:
+    """A registered op may not return one tensor twice: each empty one gets to be its own."""
+    return [tensor if tensor.numel() else torch.empty_like(tensor) for tensor in tensors]
+
+
 @torch.library.custom_op("hylorada::hybrid_linear", mutates_args=())
 def _forward_op(
     x: Tensor,
@@ -149,29 +174,29 @@ def _forward_op(
     dropout_p: float,
     save: bool,
     choice: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _implementation(choice).forward(
-        x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale,
-        scale=scale, token_scale_target=token_scale_target, dropout_p=dropout_p, save=save,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    y, h, gain, own_norm, kept, dropped = _distinct(
+        _forward(
+            x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale,
+            scale, token_scale_target, dropout_p, save, choice,
+        )
     )  # fmt: skip
+    return y, h, gain, own_norm, kept, dropped
 
 
 @_forward_op.register_fake
 def _(x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale, scale, target, dropout_p, save, choice):
     tokens, rows = x.shape[0], weight.shape[0]
-    gain = x.new_empty(0 if magnitude is None else rows, dtype=x.dtype if norm is None else norm.dtype)
+    own = eager.column_norm.accumulation_dtype(x)
+    gains = x.new_empty(0) if magnitude is None else x.new_empty(rows, dtype=own)
+    norms = x.new_empty(0) if magnitude is None or norm is not None else x.new_empty(rows, dtype=own)
     keeps_product = choice == "eager" and save and magnitude is not None and bias is not None
     if choice == "eager":
         dropped = x.new_empty(x.shape if dropout_p else 0, dtype=torch.bool)
     else:
         dropped = x.new_empty(1 if dropout_p else 0, dtype=torch.int64)
-    return (
-        x.new_empty(tokens, rows),
-        x.new_empty(tokens, lora_a.shape[0]),
-        gain,
-        x.new_empty((tokens, rows) if keeps_product else 0),
-        dropped,
-    )
+    kept = x.new_empty((tokens, rows) if keeps_product else 0)
+    return x.new_empty(tokens, rows), x.new_empty(tokens, lora_a.shape[0]), gains, norms, kept, dropped
 
 
 @torch.library.custom_op("hylorada::hybrid_linear_backward", mutates_args=())
@@ -196,9 +221,11 @@ def _backward_op(
     needs: list[bool],
     choice: str,
 ) -> list[Tensor]:
-    return _implementation(choice).backward(
-        dy, x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale, h, gain, kept, dropped,
-        scale=scale, token_scale_target=token_scale_target, dropout_p=dropout_p, needs=needs,
+    return _distinct(
+        _backward(
+            dy, x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale, h, gain, kept, dropped,
+            scale, token_scale_target, dropout_p, needs, choice,
+        )
     )  # fmt: skip
 
 
@@ -241,12 +268,14 @@ class _HybridLinear(torch.autograd.Function):
     ):  # fmt: skip
         needs = [ctx.needs_input_grad[i] for i in (0, 2, 3, 4, 5, 6, 7, 8)]
         save = save_output and any(needs[3:6])
-        run = _forward_op._init_fn if backend.is_plain(x) else _forward_op
+        run = _forward if backend.runs_directly(x, choice) else _forward_op
         with backend.no_autocast(x):
-            y, h, gain, kept, dropped = run(
+            y, h, gain, own_norm, kept, dropped = run(
                 x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale,
                 scale, token_scale_target, dropout_p, save, choice,
             )  # fmt: skip
+        if magnitude is not None and norm is None:
+            norm = own_norm
         # the output itself stands in for the product unless the backend kept that
         kept = y if save and not kept.numel() else kept
         ctx.save_for_backward(
@@ -258,8 +287,8 @@ class _HybridLinear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        run = _backward_op._init_fn if backend.is_plain(dy) else _backward_op
-        needs = ctx.options[3]
+        needs, choice = ctx.options[3:]
+        run = _backward if backend.runs_directly(dy, choice) else _backward_op
         with backend.no_autocast(dy):
             gradients = run(dy, *ctx.saved_tensors, *ctx.options)
         dx, *others = [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
