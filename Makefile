@@ -1,0 +1,52 @@
+# Every target sets itself up in .venv. TORCH chooses the torch requirement, which is installed first and then kept.
+PYTHON ?= python3
+TORCH ?= torch
+PYTEST_ARGS ?= -n auto --maxprocesses 4
+DEMO_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: install lint test test-all test-kernels test-gpu demo bench clean FORCE
+
+install: $(INSTALLED)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "slow or not slow"
+
+test-kernels: $(INSTALLED)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/kernels
+
+test-gpu: $(INSTALLED)
+	HYLORADA_REQUIRE_GPU=1 $(BIN)/python -m pytest -m gpu
+
+demo: $(INSTALLED)
+	$(BIN)/python benchmarks/run_benchmark.py --methods baseline lora dora hylorada \
+		--steps 36 --batch_size 1 --max_length 256 --num_test 24 \
+		--lr lora=4e-3 dora=4e-3 hylorada=2e-3 $(DEMO_ARGS)
+
+bench: test-kernels
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+
+$(INSTALLED): pyproject.toml setup.py $(VENV)/.torch-requirement
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install "$(TORCH)"
+	$(BIN)/python -c "from importlib.metadata import version; print('torch==' + version('torch'))" > $(VENV)/.torch-installed
+	$(BIN)/python -m pip install --constraint $(VENV)/.torch-installed --editable ".[demo,dev,peft]"
+	touch $@
+
+# rewritten, and so newer than the installation, only when TORCH changes
+$(VENV)/.torch-requirement: FORCE
+	@mkdir -p $(VENV)
+	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@

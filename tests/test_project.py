@@ -1,0 +1,21 @@
+"""Facts that stand in several files of the project agree."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_one_release_of_ruff_is_pinned():
+    pins = re.findall(r"ruff==[\d.]+", read("pyproject.toml") + read(".pre-commit-config.yaml"))
+    assert len(pins) == 3 and len(set(pins)) == 1, pins
+
+
+def test_commands_of_the_readme_exist():
+    targets = set(re.findall(r"^([a-z-]+):", read("Makefile"), re.MULTILINE))
+    named = set(re.findall(r"^make ([a-z-]+)", read("README.md") + read("CONTRIBUTING.md"), re.MULTILINE))
+    assert named and named <= targets, named - targets
