@@ -1,0 +1,171 @@
+"""The main job in small: a tiny model, local texts, every method, every file."""
+
+import json
+
+import pytest
+
+from benchmarks import run_benchmark
+from hylorada.report import comparison_table
+
+METHODS = ["baseline", "lora", "rslora", "dora", "hylorada"]
+
+
+@pytest.fixture
+def saved_model(make_base, tokenizer, tmp_path):
+    directory = tmp_path / "model"
+    make_base().save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """Ten documents whose lengths differ and whose words repeat: there is something to learn."""
+    directory = tmp_path / "texts"
+    directory.mkdir()
+    for i in range(10):
+        (directory / f"{i}.txt").write_text("and the word was good; " * (5 + i) + chr(ord("a") + i))
+    return directory
+
+
+@pytest.fixture
+def run(saved_model, texts, tmp_path, monkeypatch):
+    """run(*arguments) -> (exit code, rows of results.json); every method in this process: starting one is slow."""
+    monkeypatch.setattr(run_benchmark, "_in_own_process", run_benchmark.run_method)
+
+    def run(*arguments):
+        shared = ["--model", saved_model, "--dataset", texts, "--output_dir", tmp_path / "results"]
+        small = ["--max_length", 32, "--steps", 6, "--batch_size", 2, "--lr", 1e-2, "--num_test", 8]
+        code = run_benchmark.main([str(argument) for argument in (*shared, *small, *arguments)])
+        files = list((tmp_path / "results").glob("*/results.json"))
+        return code, json.loads(files[0].read_text())["rows"] if files else []
+
+    return run
+
+
+def test_methods_are_compared_on_equal_terms(run, tmp_path, capsys):
+    code, rows = run("--methods", *METHODS, "--lora_dropout", 0.1)
+    assert code == 0 and [row["method"] for row in rows] == METHODS
+    baseline, *adapted = rows
+
+    # all start as the same model
+    assert all(row["perplexity_before"] == pytest.approx(baseline["perplexity_before"], rel=1e-5) for row in adapted)
+    assert baseline["perplexity_after"] == baseline["perplexity_before"]
+    # all learn
+    assert all(row["perplexity_after"] < 0.9 * baseline["perplexity_after"] for row in adapted)
+    # all see the same batches; their first losses, taken under different dropout, are not needed to be equal
+    tokens = [[step["tokens"] for step in row["steps"]] for row in adapted]
+    assert len(tokens[0]) == 6 and all(order == tokens[0] for order in tokens)
+
+    # q, k, v, o of 2 layers with 32 features: R (I + O) each, O magnitudes, 1 blend, and 65 for the positions
+    low_rank = 2 * 8 * (2 * (32 + 32) + 2 * (32 + 16))
+    magnitudes = 2 * (32 + 32 + 16 + 16)
+    counts = [row["trainable_parameters"] for row in rows]
+    assert counts == [0, low_rank, low_rank, low_rank + magnitudes, low_rank + magnitudes + 8 + 65]
+
+    directory = next((tmp_path / "results").iterdir())
+    assert sorted(path.name for path in directory.iterdir()) == ["loss.png", "report.md", "results.json"]
+    assert comparison_table(rows) in capsys.readouterr().out
+    assert comparison_table(rows) in (directory / "report.md").read_text()
+
+
+def test_every_row_carries_its_circumstances(run, saved_model, texts):
+    _, rows = run("--methods", "baseline", "hylorada", "--seed", 11, "--grad_accum", 2)
+    for row in rows:
+        assert row["model"] == str(saved_model) and row["seed"] == 11
+        assert row["data"]["name"] == str(texts) and row["data"]["held-out blocks"] == 8
+        assert row["data"]["held-out documents"] + row["data"]["train documents"] == 10
+        assert row["settings"]["lora_rank"] == 8
+        assert row["settings"]["gradient_accumulation_steps"] == 2
+        assert row["versions"]["torch"] and row["machine"]["cpu"] and row["command"] and "commit" in row
+        assert row["peak_memory_mib"] > 50 and row["peak_memory_source"]
+    assert rows[1]["seconds_per_step"] > 0
+    assert [row["learning_rate"] for row in rows] == [None, 1e-2]
+
+
+def test_methods_may_have_rates_of_their_own(run):
+    _, rows = run(
+        "--methods", "baseline", "lora", "hylorada", "--lr", "lora=4e-3", "hylorada=1e-3", "--lr_scheduler", "constant"
+    )
+    assert [row["learning_rate"] for row in rows] == [None, 4e-3, 1e-3]
+    assert [row["steps"][-1]["learning_rate"] for row in rows[1:]] == [4e-3, 1e-3]
+
+
+def test_settings_are_chosen_without_the_test_documents(saved_model, texts, tokenizer):
+    arguments = ["--dataset", str(texts), "--max_length", "32"]
+    seen = []
+    for more in ([], ["--validation"]):
+        options = run_benchmark._parser().parse_args([*arguments, *more])
+        documents = run_benchmark.load_documents(options.dataset)
+        comparison, _ = run_benchmark._prepare(options, documents, tokenizer, {}, {})
+        train = {block["document"] for block in comparison.train_blocks}
+        held_out = {block["document"] for block in comparison.test_blocks}
+        assert not train & held_out
+        seen.append((train, held_out))
+    (train, test), (smaller_train, validation) = seen
+    assert smaller_train | validation == train and not validation & test
+
+
+def test_a_run_repeats(run, tmp_path):
+    _, first = run("--methods", "hylorada", "--lora_dropout", 0.2)
+    next((tmp_path / "results").iterdir()).rename(tmp_path / "first")
+    _, second = run("--methods", "hylorada", "--lora_dropout", 0.2)
+    assert [step["loss"] for step in first[0]["steps"]] == [step["loss"] for step in second[0]["steps"]]
+    assert first[0]["perplexity_after"] == second[0]["perplexity_after"]
+
+
+def test_results_survive_a_later_failure(run, tmp_path, monkeypatch):
+    def failing(comparison, method):
+        if method == "dora":
+            raise RuntimeError("out of memory")
+        return run_benchmark.run_method(comparison, method)
+
+    monkeypatch.setattr(run_benchmark, "_in_own_process", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run("--methods", "lora", "dora")
+    results = next((tmp_path / "results").glob("*/results.json"))
+    assert [row["method"] for row in json.loads(results.read_text())["rows"]] == ["lora"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "lora", "qlora"], "unknown method 'qlora'"),
+        (["--methods", "lora", "longlora"], "method 'longlora' is not built yet"),
+        (["--dataset", "pg19"], "dataset 'pg19' is not built yet"),
+        (["--dataset", "nowhere"], "unknown dataset 'nowhere'"),
+        (["--model", "no-such/model"], "model 'no-such/model' cannot be had"),
+        (["--lora_rank", "0"], "lora_rank"),
+        (["--methods", "lora", "dora", "--lr", "lora=1e-3"], "method=rate for each of lora, dora; got lora=1e-3"),
+        (["--lora_dropout", "1"], "lora_dropout"),
+        (["--max_length", "1"], "max_length must be at least 2"),
+        (["--steps", "0"], "max_steps must be at least 1"),
+        (["--target_modules", "nothing_like_it"], "nothing_like_it"),
+        (["--s2_attn"], "shifted sparse attention"),
+        (["--train_embeddings"], "training of embeddings"),
+        (["--train_norms"], "training of norms"),
+        (["--rope_scaling_type", "yarn", "--rope_scaling_factor", "4"], "RoPE scaling"),
+    ],
+)
+def test_what_cannot_run_says_so_before_anything_does(run, capsys, tmp_path, arguments, message):
+    code, rows = run(*arguments)
+    assert code == 2 and not rows and not (tmp_path / "results").exists()
+    assert message in capsys.readouterr().err
+
+
+SEED_COMMANDS = [
+    "--methods lora dora hylorada --epochs 3",
+    "--methods hylorada --dataset longbench --max_length 4096",
+    "--dataset longbench --max_length 4096 --methods lora hylorada --s2_attn --train_embeddings --train_norms "
+    "--rope_scaling_type linear --rope_scaling_factor 4.0 --epochs 3",
+    "--dataset pg19 --max_length 8192 --methods lora hylorada --s2_attn --train_embeddings --train_norms "
+    "--rope_scaling_type yarn --rope_scaling_factor 8.0 --batch_size 1 --grad_accum 32 --epochs 1",
+    "--model openai-community/gpt2 --methods hylorada --s2_attn --max_length 4096 --epochs 3",
+    "--dataset code --model openai-community/gpt2 --methods lora hylorada --epochs 3",
+]
+
+
+@pytest.mark.parametrize("command", SEED_COMMANDS)
+def test_every_flag_of_the_documented_commands_is_known(command):
+    options = run_benchmark._parser().parse_args(command.split())
+    assert options.epochs in (1, 3) and options.methods
