@@ -1,15 +1,16 @@
 """Thin modules over the ops: they own the parameters and call one op; no mathematics is done here."""
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .norm_cache import NormCache
 from .ops.column_norm import column_norm
-from .ops.hybrid_linear import hybrid_linear
 from .ops.hybrid_linear.eager import adapted_weight
-from .ops.hybrid_linear.op import TOKEN_SCALE_TARGETS
+from .ops.hybrid_linear.op import TOKEN_SCALE_TARGETS, hybrid_linear_keeping_norm
 
 INITS = ("orthogonal", "kaiming")
 BLEND_INIT = 0.1
@@ -57,6 +58,7 @@ class HybridLinear(nn.Module):
         self.merged = False
         self._original_weight: Tensor | None = None
         self._linear_class = type(linear)
+        self._norms = NormCache()
 
         own = {"device": self.weight.device, "dtype": torch.promote_types(self.weight.dtype, torch.float32)}
         self.lora_a = nn.Parameter(torch.empty(rank, self.in_features, **own))
@@ -111,13 +113,20 @@ class HybridLinear(nn.Module):
         """x: (..., I) in weight's dtype; token_scale: x.shape[:-1] or None. -> (..., O)."""
         if self.merged:
             return self._merged_forward(x, token_scale)
-        return hybrid_linear(
+        weight, a, b = self._base(), self.lora_a, self.lora_b
+        norm, keep_norm = None, None
+        if self.magnitude is not None and not self.norm_grad:
+            norm = self._norms.lookup(weight, a, b, self.scale)
+            keep_norm = partial(self._norms.store, weight=weight, lora_a=a, lora_b=b, scale=self.scale)
+        return hybrid_linear_keeping_norm(
             x,
-            self._base(),
-            self.lora_a,
-            self.lora_b,
+            weight,
+            a,
+            b,
             self.magnitude,
             self.residual_weight,
+            norm=norm,
+            keep_norm=keep_norm,
             scale=self.scale,
             bias=self.bias,
             token_scale=token_scale,
@@ -157,6 +166,10 @@ class HybridLinear(nn.Module):
         self.weight.copy_(self._original_weight)
         self._original_weight = None
         self.merged = False
+
+    def invalidate_norm(self) -> None:
+        """Forget the cached norm; see `norm_cache` for when that is needed."""
+        self._norms.invalidate()
 
     def to_linear(self) -> nn.Module:
         """A plain layer of the original's class that shares the weight and bias as they are now, merged or not."""

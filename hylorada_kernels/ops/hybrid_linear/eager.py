@@ -38,21 +38,14 @@ def forward(
     p_input, p_delta = _split_token_scale(token_scale, token_scale_target, x.dtype)
     if p_input is not None:
         x = x * p_input
-    mask = x.new_empty(0, dtype=torch.bool)
-    if magnitude is not None and norm is None and not dropout_p and x.shape[0] <= weight.shape[0] and is_wide(x):
-        product, h, norm = _product_and_norm(x, weight, lora_a, lora_b, scale, p_delta)
-        own_norm = norm
-    else:
-        thinned = x
-        if dropout_p:
-            thinned, mask = torch.native_dropout(x, dropout_p, True)
-        h = thinned @ lora_a.to(x.dtype).T
-        if magnitude is None:
-            return _product(x, weight, h, lora_b, scale, p_delta, bias), h, nothing, nothing, nothing, mask
-        own_norm = nothing
-        if norm is None:
-            norm = own_norm = column_norm.forward(weight, lora_a, lora_b, scale=scale)
-        product = _product(x, weight, h, lora_b, scale, p_delta)
+    thinned, mask = torch.native_dropout(x, dropout_p, True) if dropout_p else (x, x.new_empty(0, dtype=torch.bool))
+    h = thinned @ lora_a.to(x.dtype).T
+    if magnitude is None:
+        return _product(x, weight, h, lora_b, scale, p_delta, bias), h, nothing, nothing, nothing, mask
+    own_norm = nothing
+    if norm is None:
+        norm = own_norm = column_norm.forward(weight, lora_a, lora_b, scale=scale)
+    product = _product(x, weight, h, lora_b, scale, p_delta)
     gain = row_gain(magnitude, blend, norm)
     keep = save and bias is not None
     y = _scale_columns(product, gain, bias, in_place=not keep)
@@ -136,11 +129,6 @@ def row_gain(magnitude: Tensor, blend: Tensor | None, norm: Tensor) -> Tensor:
     return torch.lerp(ratio, torch.ones_like(ratio), blend.to(norm.dtype).sigmoid().reshape(()))
 
 
-def is_wide(tensor: Tensor) -> bool:
-    """Whether a product of such tensors is exact enough for a norm."""
-    return tensor.dtype in (torch.float32, torch.float64)
-
-
 def adapted_weight(
     weight: Tensor,
     lora_a: Tensor,
@@ -217,25 +205,6 @@ def _product(
     return product.addmm_(x, weight.T)
 
 
-def _product_and_norm(
-    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, p_delta: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """z, h and the norm in one pass over W: A stands under x in the product with W^T.
-
-    W A^T by itself is a product so thin that it costs up to a third of x W^T.
-    """
-    tokens = x.shape[0]
-    a = lora_a.to(x.dtype)
-    stacked = torch.cat([x, a])
-    low, base = stacked @ a.T, stacked @ weight.T
-    norm = column_norm.from_products(weight, lora_a, lora_b, base[tokens:].T, low[tokens:], scale=scale)
-    h = low[:tokens]
-    # .data: autograd forbids in-place edits of an output that it knows as a view
-    product = base[:tokens].data
-    product.addmm_(h if p_delta is None else h * p_delta, (scale * lora_b).to(x.dtype).T)
-    return product, h.clone(), norm
-
-
 def _split_token_scale(
     token_scale: Tensor | None, target: str, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -248,7 +217,7 @@ def _split_token_scale(
 
 def _scale_columns(z: Tensor, gain: Tensor, bias: Tensor | None, *, in_place: bool) -> Tensor:
     """z * gain (+ bias), rounded once. `in_place` allows (it does not force) overwriting z."""
-    if is_wide(z):
+    if z.dtype in (torch.float32, torch.float64):
         scaled = z.mul_(gain) if in_place else z * gain
         return scaled if bias is None else scaled.add_(bias)
     if not z.is_cpu or not z.numel():

@@ -1,0 +1,207 @@
+"""The cached norm: one for each change of the factors, and never a stale one, however they are changed."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from hylorada_kernels import HybridLinear, norm_cache, using
+from hylorada_kernels.ops.column_norm import eager
+
+
+@pytest.fixture
+def norms_made(monkeypatch):
+    """A list that grows by one with every norm that the eager path computes."""
+    made = []
+    forward = eager.forward
+    monkeypatch.setattr(eager, "forward", lambda *args, **options: made.append(1) or forward(*args, **options))
+    return made
+
+
+def layer_and_input(dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    layer = HybridLinear.from_linear(nn.Linear(24, 16, bias=False).to(dtype), rank=4, **options)
+    with torch.no_grad():
+        layer.lora_b.normal_(std=0.3)
+        layer.magnitude.mul_(torch.linspace(0.5, 1.5, 16))
+    return layer, torch.randn(5, 24, dtype=dtype)
+
+
+def uncached(layer, x):
+    fresh = copy.deepcopy(layer)
+    fresh.invalidate_norm()
+    return fresh(x)
+
+
+def foreach_adamw(layer, x):
+    optimizer_step(layer, x, torch.optim.AdamW, foreach=True)
+
+
+def fused_adamw(layer, x):
+    optimizer_step(layer, x, torch.optim.AdamW, fused=True)
+
+
+def looped_sgd(layer, x):
+    optimizer_step(layer, x, torch.optim.SGD, foreach=False)
+
+
+def optimizer_step(layer, x, kind, **options):
+    optimizer = kind([p for p in layer.parameters() if p.requires_grad], lr=0.1, **options)
+    layer(x).square().sum().backward()
+    optimizer.step()
+
+
+def write_through_data(layer, x):
+    layer.lora_b.data.add_(0.1)
+
+
+def write_through_numpy(layer, x):
+    layer.lora_a.detach().numpy()[1] += 0.5
+
+
+def write_one_element_through_numpy(layer, x):
+    layer.lora_b.detach().numpy()[3, 2] += 0.01
+
+
+def write_through_a_flat_buffer(layer, x):
+    flat = torch.cat([layer.lora_a.data.flatten(), layer.lora_b.data.flatten()])
+    split = layer.lora_a.numel()
+    layer.lora_a.data = flat[:split].view_as(layer.lora_a)
+    layer.lora_b.data = flat[split:].view_as(layer.lora_b)
+    layer(x)
+    flat.mul_(1.5)
+
+
+def replace_data(layer, x):
+    layer.lora_a.data = layer.lora_a.data * 2
+
+
+def vector_to_parameters(layer, x):
+    trained = [layer.lora_a, layer.lora_b]
+    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(trained) * 1.5, trained)
+
+
+def load_state_dict(layer, x):
+    layer.load_state_dict({name: tensor * 1.5 for name, tensor in layer.state_dict().items()})
+
+
+def load_state_dict_by_assignment(layer, x):
+    layer.load_state_dict({name: tensor * 1.5 for name, tensor in layer.state_dict().items()}, assign=True)
+
+
+def swap_tensors(layer, x):
+    torch.utils.swap_tensors(layer.lora_b, nn.Parameter(layer.lora_b.detach() * 2))
+
+
+def another_scale(layer, x):
+    layer.scale *= 2
+
+
+def another_weight_through_data(layer, x):
+    layer.weight.data.mul_(1.5)
+
+
+def merge_and_unmerge(layer, x):
+    layer.merge()
+    layer.unmerge()
+    layer.lora_b.data.mul_(2)
+
+
+def edit_under_no_grad(layer, x):
+    with torch.no_grad():
+        layer.lora_a[0] *= 3
+
+
+EVENTS = [
+    looped_sgd, foreach_adamw, fused_adamw, write_through_data, write_through_numpy, write_one_element_through_numpy,
+    write_through_a_flat_buffer, replace_data, vector_to_parameters, load_state_dict, load_state_dict_by_assignment,
+    swap_tensors, another_scale, another_weight_through_data, merge_and_unmerge, edit_under_no_grad,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.__name__)
+def test_no_change_goes_unnoticed(event):
+    layer, x = layer_and_input()
+    before = layer(x).detach()
+    event(layer, x)
+    after = layer(x)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, uncached(layer, x))
+
+
+def test_another_dtype_is_noticed():
+    layer, x = layer_and_input()
+    layer(x)
+    layer.to(torch.float64)
+    assert torch.equal(layer(x.double()), uncached(layer, x.double()))
+
+
+def test_one_norm_serves_all_forwards_until_a_step(norms_made):
+    layer, x = layer_and_input()
+    norms_made.clear()
+    optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=0.1, fused=True)
+    for step in range(1, 4):
+        for _ in range(8):
+            layer(x).square().sum().backward()
+        assert len(norms_made) == step
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_and_accumulation_give_the_bits_of_an_uncached_run_with_one_norm(norms_made, use_reentrant):
+    layer, x = layer_and_input()
+    x.requires_grad_()
+    fresh = copy.deepcopy(layer)
+    norms_made.clear()
+    for _ in range(3):
+        checkpoint(layer, x, use_reentrant=use_reentrant).square().sum().backward()
+    assert len(norms_made) == 1
+    for _ in range(3):
+        fresh.invalidate_norm()
+        fresh(x).square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(parameter.grad, dict(fresh.named_parameters())[name].grad), name
+
+
+def test_copies_do_not_share_a_norm():
+    layer, x = layer_and_input()
+    layer(x)
+    twin = copy.deepcopy(layer)
+    twin.lora_b.data.mul_(2)
+    assert torch.equal(twin(x), uncached(twin, x))
+    assert torch.equal(layer(x), uncached(layer, x))
+
+
+def test_no_norm_is_kept_where_it_has_a_gradient(norms_made):
+    layer, x = layer_and_input(norm_grad=True)
+    norms_made.clear()
+    layer(x)
+    layer(x)
+    assert len(norms_made) == 2
+
+
+def test_verifying_catches_a_stale_norm():
+    layer, x = layer_and_input()
+    layer(x)
+    with norm_cache.verifying():
+        layer(x)
+        entry = layer._norms._entry
+        layer._norms._entry = entry._replace(norm=entry.norm * 1.01)
+        with pytest.raises(RuntimeError, match=r"stale by 1\.0e-02.*call invalidate_norm"):
+            layer(x)
+    layer.invalidate_norm()
+    with norm_cache.verifying():
+        assert torch.equal(layer(x), uncached(layer, x))
+
+
+def test_both_backends_may_use_a_norm_of_the_other(backend):
+    layer, x = layer_and_input()
+    layer, x = layer.to(torch.get_default_device()), x.to(torch.get_default_device())
+    with using("eager"):
+        expected = layer(x)
+    with using(backend):
+        torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
