@@ -30,7 +30,7 @@ test-gpu: $(INSTALLED)
 
 demo: $(INSTALLED)
 	$(BIN)/python benchmarks/run_benchmark.py --methods baseline lora dora hylorada \
-		--steps 36 --batch_size 1 --max_length 256 --num_test 24 \
+		--steps 30 --batch_size 1 --max_length 256 --num_test 20 \
 		--lr lora=4e-3 dora=4e-3 hylorada=2e-3 $(DEMO_ARGS)
 
 bench: test-kernels

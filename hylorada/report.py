@@ -55,16 +55,18 @@ def report_text(rows: Sequence[Row]) -> str:
 
 
 def draw_losses(rows: Sequence[Row], path: Path) -> None:
-    """Draw the training loss of every trained method by step."""
+    """Draw the training loss of every trained method by step: a faint line, and a bold one of its running mean."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    for row in rows:
-        if row["steps"]:
-            axes.plot(
-                [step["step"] for step in row["steps"]], [step["loss"] for step in row["steps"]], label=row["method"]
-            )
+    for number, row in enumerate(row for row in rows if row["steps"]):
+        steps = [step["step"] for step in row["steps"]]
+        losses = [step["loss"] for step in row["steps"]]
+        axes.plot(steps, losses, color=f"C{number}", alpha=0.25)
+        # methods often lie on each other: through a dashed line the one below shows
+        style = ("-", "--", "-.", ":")[number % 4]
+        axes.plot(steps, running_mean(losses), style, color=f"C{number}", linewidth=2, label=row["method"])
     axes.set(
         xlabel="step", ylabel="training loss (nats a token)", title=f"{rows[0]['model']}, {rows[0]['data']['name']}"
     )
@@ -72,6 +74,15 @@ def draw_losses(rows: Sequence[Row], path: Path) -> None:
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def running_mean(values: Sequence[float], memory: float = 0.85) -> list[float]:
+    """Return each value's mean with those before it, every earlier one weighing `memory` times its successor."""
+    means, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = memory * total + value, memory * weight + 1
+        means.append(total / weight)
+    return means
 
 
 def _method_cells(row: Row) -> list[str]:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hylorada.report import comparison_table, report_text, write_report
+from hylorada.report import comparison_table, report_text, running_mean, write_report
 
 FACTS = {
     "model": "tiny",
@@ -75,3 +75,8 @@ def test_files_are_complete(rows, tmp_path):
 
 def test_curves_need_no_trained_method(rows, tmp_path):
     assert write_report(rows[:1], tmp_path)[2].stat().st_size > 0
+
+
+def test_running_mean_forgets():
+    assert running_mean([4.0, 2.0, 1.0], memory=0.5) == pytest.approx([4.0, (2 + 2) / 1.5, (1 + 1 + 1) / 1.75])
+    assert running_mean([3.0] * 5) == pytest.approx([3.0] * 5)

@@ -65,7 +65,7 @@ def low_rank_tile(dtype: torch.dtype) -> Tile:
     """
     architecture = target_architecture()
     if architecture is None:
-        return Tile(32, 16, 32, 4, 1)
+        return Tile(32, 32, 32, 4, 1)
     if dtype == torch.float32:
         return Tile(64, 16, 16, 4, 2)
     return Tile(128, 64, 64, 8, 2 if isinstance(architecture, str) else 3)
