@@ -34,8 +34,7 @@ _requested_when_tracing = _start
 
 @contextmanager
 def using(choice: str) -> Iterator[None]:
-    """Run a block with one backend: "auto" (by device), "eager" (PyTorch) or "triton" (raises where a kernel cannot
-    run).
+    """Run a block with one backend: "auto" (by device), "eager" (PyTorch) or "triton" (raises where it cannot run).
 
     The choice belongs to the current thread (or asyncio task); a compiled function follows the thread that chose last.
     A backward pass uses what its forward used.

@@ -164,6 +164,14 @@ def test_zero_token_scale_keeps_the_gradient_exact(backend):
     assert_parity(given, backend)
 
 
+def test_no_features_leave_the_bias(backend):
+    given = linear_inputs(5, 0, 16, 4, magnitude=False)
+    y, gradients = run(given, backend)
+    assert torch.equal(y, given.bias.expand(5, -1))
+    torch.testing.assert_close(gradients["bias"], given.dy.sum(0))
+    assert gradients["lora_a"].shape == (4, 0) and not gradients["lora_b"].any()
+
+
 def test_gradient_through_the_norm_matches_the_truth(backend):
     given = linear_inputs(40, 50, 37, 6)
     given.lora_b *= 3

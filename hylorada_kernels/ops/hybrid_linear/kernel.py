@@ -629,17 +629,17 @@ def backward(
 ) -> list[Tensor]:
     """See eager.backward; `kept` is the output y or empty, `dropped` the seed of the dropout."""
     inputs = (x, lora_a, lora_b, magnitude, blend, norm, bias, token_scale)
-    if not dy.numel() or not x.numel():
-        return [
-            torch.zeros_like(tensor) if needed else x.new_empty(0) for tensor, needed in zip(inputs, needs, strict=True)
-        ]
+    make = torch.empty if dy.numel() and x.numel() else torch.zeros
     gradients = [
-        torch.empty(tensor.shape, dtype=tensor.dtype, device=x.device) if needed else x.new_empty(0)
+        make(tensor.shape, dtype=tensor.dtype, device=x.device) if needed else x.new_empty(0)
         for tensor, needed in zip(inputs, needs, strict=True)
     ]
     dx, da, db, dm, dblend, dnorm, dbias, dp = gradients
     need_x, need_a, need_b, need_m, need_blend, need_norm, need_bias, need_p = needs
     need_gain = need_m or need_blend or need_norm
+    if not dy.numel() or not x.numel():
+        # without tokens or features only the bias can have a gradient
+        return [*gradients[:6], dbias.add_(dy.sum(0)) if need_bias else dbias, dp]
     (tokens, columns), rows, rank = x.shape, weight.shape[0], lora_a.shape[0]
     tile, thin = gemm_tile(x.dtype), low_rank_tile(x.dtype)
     block_r = _rank_block(rank, thin)
@@ -716,10 +716,8 @@ def _column_gradients(
         return x.new_empty(shape, dtype=torch.float32)
 
     partial_db = partial(splits, rows, rank) if need_b else None
-    partial_dg, partial_dbias = (
-        partial(splits, rows) if need_gain else None,
-        partial(splits, rows) if need_bias else None,
-    )
+    partial_dg = partial(splits, rows) if need_gain else None
+    partial_dbias = partial(splits, rows) if need_bias else None
     partial_dblend = partial(row_tiles)
     has_output = kept.numel() > 0
     if need_b or need_bias or has_output:

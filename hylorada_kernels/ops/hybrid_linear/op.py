@@ -58,16 +58,15 @@ def hybrid_linear(
         bias: (O,), x's dtype.
         norm: (O,), the column norm if the caller has it; else it is computed here.
         token_scale: x.shape[:-1], the position scale p, fp32 (fp64 for fp64 input).
-        save_output: keep y for the backward (no new memory where its consumer keeps it too); False computes z again
-        there.
+        save_output: keep y for the backward (no new memory where its consumer keeps it); False computes z again there.
         dropout_p: in [0, 1); the caller passes 0 outside training.
 
     Returns:
         (..., O) in x's dtype. Gradients come in their inputs' dtypes; there is no second derivative.
 
     Raises:
-        TypeError: dtypes that do not fit.   ValueError: shapes, devices or options that do not fit, or a weight that
-        requires a gradient.
+        TypeError: dtypes that do not fit.
+        ValueError: shapes, devices or options that do not fit, or a weight that requires a gradient.
         RuntimeError: "triton" was asked for and cannot run here.
     """
     return hybrid_linear_keeping_norm(
@@ -111,11 +110,10 @@ def hybrid_linear_keeping_norm(
     if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
         given = f"x is {x.dtype}, weight {weight.dtype}" + ("" if bias is None else f", bias {bias.dtype}")
         raise TypeError(f"x, weight and bias must have one dtype, got: {given}; cast x, or use torch.autocast")
-    # flattened outside of the function: its output must not be a view, or autograd would forbid every in-place edit of
-    # it
+    # flattened outside of the function: autograd forbids in-place edits of a function's output that is a view
     leading = x.shape[:-1]
     y = _HybridLinear.apply(
-        x.reshape(-1, x.shape[-1]), weight, lora_a, lora_b, magnitude, blend, norm, bias,
+        x.reshape(leading.numel(), x.shape[-1]), weight, lora_a, lora_b, magnitude, blend, norm, bias,
         None if token_scale is None else token_scale.reshape(-1),
         float(scale), token_scale_target, float(dropout_p), save_output, backend.choose(x), keep_norm,
     )  # fmt: skip
