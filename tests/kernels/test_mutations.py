@@ -1,0 +1,93 @@
+"""The parity tests see every kind of mistake: each mutant of the implementations fails them."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hylorada_kernels import backend as dispatch
+from hylorada_kernels import testing
+from hylorada_kernels.ops.hybrid_linear import eager, op
+from hylorada_kernels.testing import interpreter, linear_inputs
+from tests.kernels.parity import assert_parity
+
+# name: (text of the implementation, what stands there in the mutant)
+EAGER = {
+    "s is dropped": ("factor = (scale * lora_b)", "factor = lora_b"),
+    "s is dropped in the backward": ("row_scale = scale * gain[:, None]", "row_scale = gain[:, None]"),
+    "g is dropped in dx": ("dx.addmm_(dz, weight)", "dx.addmm_(dy, weight)"),
+    "g is dropped in dB": ("(weighted_h.T @ dy).T * row_scale", "(weighted_h.T @ dy).T * scale"),
+    "the bias is scaled": ("else scaled.add_(bias)", "else scaled.add_(bias * gain)"),
+    "the blend is upside down": (
+        "torch.lerp(ratio, torch.ones_like(ratio)",
+        "torch.lerp(torch.ones_like(ratio), ratio",
+    ),
+    "the position scale is dropped in dA": ("scaled_dh = dh if p_input is None else dh * p_input", "scaled_dh = dh"),
+    "the norm is stale": ("lora_b, scale=scale)\n    product", "0 * lora_b, scale=scale)\n    product"),
+    "dm misses the blend": ("dm = dg * rate * (1 - beta)", "dm = dg * rate"),
+}
+KERNEL = {
+    "s is dropped": ("    h *= scale\n", ""),
+    "s is dropped in the backward": ("low *= scale", "low *= 1.0"),
+    "g is dropped in dx": ("(b_dy.to(tl.float32) * gain[None, :]).to(b_dy.dtype)", "b_dy"),
+    "g is dropped in dB": ("db * gain[:, None]", "db"),
+    "the bias is scaled": (
+        ".to(tl.float32)[None, :]\n    tl.store(y_ptr",
+        ".to(tl.float32)[None, :] * 1.5\n    tl.store(y_ptr",
+    ),
+    "the blend is upside down": ("gain = ratio + beta * (1.0 - ratio)", "gain = 1.0 + beta * (ratio - 1.0)"),
+    "the norm is stale": (
+        "column_norm.forward(weight, lora_a, lora_b,",
+        "column_norm.forward(weight, lora_a, 0 * lora_b,",
+    ),
+    "the inner mask is missing": ("m_i = o_i < I - i\n", "m_i = o_i < I\n"),
+    "the last column is written by two programs": (
+        "m_t, m_o = o_t < T, o_o < O\n    product",
+        "m_t, m_o = o_t < T, o_o <= O\n    product",
+    ),
+    "only the first split counts": ("range(0, splits):\n                db", "range(0, 1):\n                db"),
+}
+
+
+def mutant_of(module, text, replacement, folder: Path):
+    """The module with one text replaced, loaded from a file of its own, which Triton reads its kernels from."""
+    source = Path(module.__file__).read_text(encoding="utf-8")
+    assert text in source, f"{text!r} is no longer in {module.__file__}: adapt the mutation"
+    path = folder / "mutant.py"
+    path.write_text(source.replace(text, replacement), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(f"{module.__package__}.mutant", path)
+    mutant = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = mutant
+    try:
+        spec.loader.exec_module(mutant)
+    finally:
+        del sys.modules[spec.name]
+    return mutant
+
+
+def assert_all_parity(backend):
+    for bias in (False, True):
+        assert_parity(linear_inputs(150, 50, 37, 6, dtype=torch.float32, bias=bias), backend)
+
+
+@pytest.mark.parametrize("mutation", EAGER)
+def test_a_mutant_of_the_eager_path_fails(mutation, monkeypatch, tmp_path):
+    monkeypatch.setattr(op, "eager", mutant_of(eager, *EAGER[mutation], tmp_path))
+    with pytest.raises(AssertionError, match="exceeds the budget"):
+        assert_all_parity("eager")
+
+
+@pytest.mark.parametrize("mutation", KERNEL)
+def test_a_mutant_of_the_kernels_fails(mutation, monkeypatch, tmp_path):
+    if not dispatch.HAS_TRITON or not interpreter.supported():
+        pytest.skip(interpreter.requires_interpreter)
+    testing.interpret()
+    monkeypatch.setattr(op, "kernel", mutant_of(op.kernel, *KERNEL[mutation], tmp_path))
+    with pytest.raises((AssertionError, interpreter.OutOfBounds, interpreter.Race)):
+        assert_all_parity("triton")
+
+
+def test_the_originals_pass(backend):
+    assert_all_parity(backend)
