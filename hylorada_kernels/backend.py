@@ -1,8 +1,8 @@
 """The one choice between the eager and the Triton implementation of an op.
 
-Every op calls `choose` once, in its forward, and hands the answer to its backward. Nothing else in the package reads
-the environment or asks a tensor for its device. `HYLORADA_BACKEND` (auto, eager or triton) is the start value; `using`
-overrides it for a block of code.
+Every op calls `choose` once, in its forward, and hands the answer to its backward. `HYLORADA_BACKEND` (auto, eager or
+triton) is the start value, the only thing that the package reads from the environment; `using` overrides it for a block
+of code.
 """
 
 import functools

@@ -218,16 +218,20 @@ def _check_options(
         raise TypeError(f"only nn.Linear and transformers' Conv1D can be adapted, got {type(linear).__name__}")
     if not linear.weight.dtype.is_floating_point:
         raise TypeError(f"the weight is {linear.weight.dtype}, not floating point; dequantise the layer first")
-    if not isinstance(rank, int) or rank < 1:
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"rank must be a whole number of at least 1, got {rank!r}")
-    if not math.isfinite(alpha) or alpha <= 0:
-        raise ValueError(f"alpha must be positive, got {alpha!r}")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
+    if not _is_number(alpha) or not math.isfinite(alpha) or alpha <= 0:
+        raise ValueError(f"alpha must be a positive number, got {alpha!r}")
+    if not _is_number(dropout) or not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must be a number in [0, 1), got {dropout!r}")
     if init not in INITS:
         raise ValueError(f"init must be one of {INITS}, got {init!r}")
     if token_scale_target not in TOKEN_SCALE_TARGETS:
         raise ValueError(f"token_scale_target must be one of {TOKEN_SCALE_TARGETS}, got {token_scale_target!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _init_lora_a(lora_a: Tensor, init: str) -> None:

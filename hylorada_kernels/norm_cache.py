@@ -5,6 +5,7 @@ micro-batch and every recomputation of a checkpointed layer. Version counters ca
 optimizers, writes through .data, numpy or a flat buffer leave them as they are. So contents are compared.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -44,8 +45,8 @@ class _Entry(NamedTuple):
 class NormCache:
     """Holds one norm beside copies of the factors it was made of: R (I + O) numbers a layer.
 
-    It works for plain tensors on the CPU. A GPU would have to wait for the comparison, and a trace cannot branch on it:
-    there `lookup` finds nothing and the op computes the norm.
+    It works for plain tensors on the CPU. A GPU would have to wait for the comparison, a trace cannot branch on it, and
+    what inference mode made cannot be saved for a backward: there `lookup` finds nothing and the op computes the norm.
     """
 
     def __init__(self) -> None:
@@ -67,12 +68,12 @@ class NormCache:
 
     def store(self, norm: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> None:
         """Keep a norm that was just made of these values."""
-        if _comparable(weight, lora_a, lora_b):
+        if _comparable(norm, weight, lora_a, lora_b):
             copies = lora_a.detach().clone(), lora_b.detach().clone()
             self._entry = _Entry(norm.detach(), *copies, _key(weight), _sample(weight).clone(), scale)
 
     def invalidate(self) -> None:
-        """Forget the norm; needed after single elements of the frozen weight were edited behind autograd's back."""
+        """Forget the norm: needed after a few elements of the frozen weight were edited behind autograd's back."""
         self._entry = None
 
     def __getstate__(self) -> dict:
@@ -81,7 +82,9 @@ class NormCache:
 
 
 def _comparable(*tensors: Tensor) -> bool:
-    return all(tensor.is_cpu and backend.runs_directly(tensor, "eager") for tensor in tensors)
+    return all(
+        backend.runs_directly(tensor, "eager") and tensor.is_cpu and not tensor.is_inference() for tensor in tensors
+    )
 
 
 def _key(weight: Tensor) -> tuple:
@@ -89,10 +92,13 @@ def _key(weight: Tensor) -> tuple:
 
 
 def _sample(weight: Tensor) -> Tensor:
-    """Elements of the weight, spread evenly over its memory; a view."""
-    flat = weight.detach()
-    flat = (flat if flat.is_contiguous() else flat.T).reshape(-1)
-    return flat[:: max(1, flat.numel() // WEIGHT_SAMPLES)]
+    """Elements of the weight, spread evenly over its rows and columns; a view."""
+    rows = weight.detach() if weight.is_contiguous() else weight.detach().T
+    step = max(1, rows.numel() // WEIGHT_SAMPLES)
+    # a step that shares a factor with the row length would visit some columns only
+    while math.gcd(step, max(rows.shape[-1], 1)) > 1:
+        step += 1
+    return rows.reshape(-1)[::step]
 
 
 def _same(kept: Tensor, now: Tensor) -> bool:

@@ -98,6 +98,19 @@ def test_layouts_do_not_matter(backend, dtype):
     assert strided_gradients["x"].shape == gradients["x"].shape == given.x.shape
 
 
+def test_strides_of_vectors_do_not_matter(backend):
+    given = linear_inputs(11, 50, 37, 6)
+    norm = column_norm(given.weight, given.lora_a, given.lora_b, scale=given.scale)
+    expected, gradients = run(given, backend, norm=norm)
+    for name in ("magnitude", "bias", "token_scale"):
+        setattr(given, name, torch.stack([getattr(given, name), torch.zeros_like(getattr(given, name))], -1)[..., 0])
+    y, strided_gradients = run(given, backend, norm=torch.stack([norm, norm], -1)[..., 0].double())
+    assert torch.equal(y, expected)
+    assert all(torch.equal(strided_gradients[name], gradients[name]) for name in gradients)
+    given.token_scale = torch.tensor([1.3]).expand(11)
+    assert_parity(given, backend)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_small_gains_and_large_biases_keep_the_gradient_exact(backend, bias):
     given = linear_inputs(40, 50, 37, 6, dtype=torch.bfloat16, bias=bias, token_scale=False)

@@ -199,9 +199,12 @@ def test_both_backends_train_to_the_same_adapter(backend):
 
 
 BAD = {
+    "rank True": ({"rank": True}, ValueError, "rank must be a whole number of at least 1, got True"),
+    "alpha text": ({"alpha": "16"}, ValueError, "alpha must be a positive number, got '16'"),
+    "dropout text": ({"dropout": "0.1"}, ValueError, r"dropout must be a number in \[0, 1\), got '0.1'"),
     "rank 0": ({"rank": 0}, ValueError, "rank must be a whole number of at least 1, got 0"),
-    "alpha 0": ({"alpha": 0.0}, ValueError, "alpha must be positive"),
-    "dropout 1": ({"dropout": 1.0}, ValueError, r"dropout must be in \[0, 1\), got 1.0"),
+    "alpha 0": ({"alpha": 0.0}, ValueError, "alpha must be a positive number, got 0.0"),
+    "dropout 1": ({"dropout": 1.0}, ValueError, r"dropout must be a number in \[0, 1\), got 1.0"),
     "init": ({"init": "zeros"}, ValueError, "init must be one of"),
     "target": ({"token_scale_target": "input"}, ValueError, "token_scale_target must be one of"),
     "not linear": (

@@ -103,6 +103,10 @@ def another_weight_through_data(layer, x):
     layer.weight.data.mul_(1.5)
 
 
+def prune_half_of_the_inputs(layer, x):
+    layer.weight.data[:, 1::2] = 0
+
+
 def merge_and_unmerge(layer, x):
     layer.merge()
     layer.unmerge()
@@ -117,7 +121,8 @@ def edit_under_no_grad(layer, x):
 EVENTS = [
     looped_sgd, foreach_adamw, fused_adamw, write_through_data, write_through_numpy, write_one_element_through_numpy,
     write_through_a_flat_buffer, replace_data, vector_to_parameters, load_state_dict, load_state_dict_by_assignment,
-    swap_tensors, another_scale, another_weight_through_data, merge_and_unmerge, edit_under_no_grad,
+    swap_tensors, another_scale, another_weight_through_data, prune_half_of_the_inputs, merge_and_unmerge,
+    edit_under_no_grad,
 ]  # fmt: skip
 
 
@@ -129,6 +134,28 @@ def test_no_change_goes_unnoticed(event):
     after = layer(x)
     assert not torch.equal(after, before)
     assert torch.equal(after, uncached(layer, x))
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (1024, 2048), (4096, 512)], ids=str)
+def test_a_sample_of_the_weight_visits_every_column(shape):
+    rows, columns = shape
+    weight = torch.arange(columns).float().expand(rows, columns).contiguous()
+    seen = norm_cache._sample(weight).unique()
+    assert len(seen) >= min(columns, norm_cache.WEIGHT_SAMPLES // 2)
+
+
+def test_a_forward_in_inference_mode_leaves_training_as_it_was():
+    layer, x = layer_and_input()
+    with torch.inference_mode():
+        layer(x)
+    layer(x).sum().backward()
+    assert layer.lora_a.grad is not None
+
+
+def test_a_base_made_in_inference_mode_works():
+    with torch.inference_mode():
+        layer, x = layer_and_input()
+        assert torch.equal(layer(x), layer(x))
 
 
 def test_another_dtype_is_noticed():

@@ -56,7 +56,7 @@ def hybrid_linear(
         magnitude: (O,), any float dtype.   blend: a scalar or (1,), the logit of beta; needs a magnitude.
         scale: alpha / sqrt(R) or alpha / R, already computed.
         bias: (O,), x's dtype.
-        norm: (O,), the column norm if the caller has it; else it is computed here.
+        norm: (O,), any float dtype; the column norm if the caller has it, else it is computed here.
         token_scale: x.shape[:-1], the position scale p, fp32 (fp64 for fp64 input).
         save_output: keep y for the backward (no new memory where its consumer keeps it); False computes z again there.
         dropout_p: in [0, 1); the caller passes 0 outside training.
@@ -110,11 +110,15 @@ def hybrid_linear_keeping_norm(
     if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
         given = f"x is {x.dtype}, weight {weight.dtype}" + ("" if bias is None else f", bias {bias.dtype}")
         raise TypeError(f"x, weight and bias must have one dtype, got: {given}; cast x, or use torch.autocast")
+    if norm is not None:
+        norm = norm.to(eager.column_norm.accumulation_dtype(x))
+    # the kernels walk along vectors with a step of one
+    magnitude, norm, bias = (None if tensor is None else tensor.contiguous() for tensor in (magnitude, norm, bias))
     # flattened outside of the function: autograd forbids in-place edits of a function's output that is a view
     leading = x.shape[:-1]
     y = _HybridLinear.apply(
         x.reshape(leading.numel(), x.shape[-1]), weight, lora_a, lora_b, magnitude, blend, norm, bias,
-        None if token_scale is None else token_scale.reshape(-1),
+        None if token_scale is None else token_scale.reshape(-1).contiguous(),
         float(scale), token_scale_target, float(dropout_p), save_output, backend.choose(x), keep_norm,
     )  # fmt: skip
     return y if len(leading) == 1 else y.view(*leading, weight.shape[0])
