@@ -32,7 +32,7 @@ def imports_of(path: Path) -> set[str]:
 
 
 def imported_names(source: str, package: str) -> set[str]:
-    """Absolute names of all modules that a module of a package imports, wherever; of `from a import b` both a and a.b."""
+    """Absolute names of what a module of a package imports, wherever in it; of `from a import b` both a and a.b."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -54,7 +54,13 @@ def offenders(paths, *packages: str) -> list[str]:
 
 
 def test_relative_imports_are_understood():
-    source = "import triton.language as tl\ndef f():\n    from ..other.op import check\n    from ... import backend\nfrom . import eager"
+    source = """
+import triton.language as tl
+from . import eager
+def f():
+    from ... import backend
+    from ..other.op import check
+"""
     assert imported_names(source, "package.ops.mine") == {
         "triton.language",
         "package.ops.other.op",
