@@ -34,6 +34,16 @@ from hylorada.report import comparison_table, write_report
 from hylorada.trainer import HyLoRADATrainer, StepRecord, TrainingConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TRAINING_FLAGS = {
+    "num_epochs": "--epochs",
+    "max_steps": "--steps",
+    "per_device_batch_size": "--batch_size",
+    "gradient_accumulation_steps": "--grad_accum",
+    "learning_rate": "--lr",
+    "lr_scheduler": "--lr_scheduler",
+    "warmup_ratio": "--warmup_ratio",
+    "seed": "--seed",
+}
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,8 @@ def _run(options: argparse.Namespace) -> None:
     configs = {method: baseline_config(method, **overrides) for method in options.methods}
     adapted = {method: config for method, config in configs.items() if config is not None}
     rates = _learning_rates(options.lr, list(adapted))
+    for rate in (*rates.values(), TrainingConfig.learning_rate):
+        _training_config(options, rate)
     documents = load_documents(options.dataset)
     model, tokenizer = load_pretrained(options.model, DTYPES[options.dtype])
     # likewise what the model rules out, or an option that all methods share, before anything is measured
@@ -109,17 +121,7 @@ def _prepare(
         max_length=options.max_length,
         overrides=overrides,
         rates=rates,
-        training=TrainingConfig(
-            num_epochs=options.epochs,
-            max_steps=options.steps,
-            per_device_batch_size=options.batch_size,
-            gradient_accumulation_steps=options.grad_accum,
-            # the weights' own precision rules: dtype
-            mixed_precision="fp32",
-            lr_scheduler=options.lr_scheduler,
-            warmup_ratio=options.warmup_ratio,
-            seed=options.seed,
-        ),
+        training=_training_config(options, TrainingConfig.learning_rate),
         train_blocks=train_blocks,
         test_blocks=test_blocks,
     )
@@ -201,15 +203,34 @@ def _measurements(
 def _learning_rates(given: Sequence[str], methods: Sequence[str]) -> dict[str, float]:
     """Return each method's learning rate, out of one rate for all or of one "method=rate" for each."""
     if len(given) == 1 and "=" not in given[0]:
-        return dict.fromkeys(methods, float(given[0]))
+        return dict.fromkeys(methods, _rate(given[0]))
     pairs = dict(text.partition("=")[::2] for text in given)
     if set(pairs) != set(methods):
         raise ValueError(f"--lr takes one rate, or method=rate for each of {', '.join(methods)}; got {' '.join(given)}")
-    return {method: float(rate) for method, rate in pairs.items()}
+    return {method: _rate(rate) for method, rate in pairs.items()}
+
+
+def _rate(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"--lr takes numbers, such as 2e-4 or lora=2e-4; got {text!r}") from None
+
+
+def _training_config(options: argparse.Namespace, learning_rate: float) -> TrainingConfig:
+    fields = {field: getattr(options, flag[2:]) for field, flag in TRAINING_FLAGS.items() if flag != "--lr"}
+    try:
+        # the weights' own precision rules: dtype
+        return TrainingConfig(**fields, learning_rate=learning_rate, mixed_precision="fp32")
+    except (ValueError, TypeError) as error:
+        flag = TRAINING_FLAGS[str(error).split()[0]]
+        raise ValueError(f"{flag}: {error}") from error
 
 
 def _overrides(options: argparse.Namespace) -> dict[str, Any]:
     """Return the fields of HyLoRADAConfig that every method shares."""
+    if options.sink_tokens and not options.s2_attn:
+        raise ValueError(f"--sink_tokens {options.sink_tokens} needs --s2_attn, whose groups see those tokens")
     overrides: dict[str, Any] = {
         "lora_rank": options.lora_rank,
         "lora_alpha": options.lora_alpha,

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,22 @@ _AT_LEAST = {
     "s2_group_size": 1,
     "s2_sink_tokens": 0,
     "max_sequence_length": 1,
+}
+# what an option belongs to: it does nothing while that is off. use_blend is not here, it is on by default
+SWITCHES = {
+    "dora_norm_grad": "use_dora_magnitude",
+    "position_num_buckets": "position_bias_enabled",
+    "position_bucket": "position_bias_enabled",
+    "position_bias_target": "position_bias_enabled",
+    "num_landmarks": "landmark_enabled",
+    "landmark_gate": "landmark_enabled",
+    "landmark_position": "landmark_enabled",
+    "s2_group_size": "s2_attn_enabled",
+    "s2_shift_ratio": "s2_attn_enabled",
+    "s2_sink_tokens": "s2_attn_enabled",
+    "s2_shift_mode": "s2_attn_enabled",
+    "s2_eval": "s2_attn_enabled",
+    "rope_scaling_factor": "rope_scaling_type",
 }
 _CHOICES = {
     "lora_init": ("orthogonal", "kaiming"),
@@ -136,8 +153,8 @@ class HyLoRADAConfig:
         model was trained for, embeddings and RoPE scaling; from 4096 shifted sparse attention and norms. The fields in
         `overrides` win.
         """
-        max_length = _integer("max_length", max_length, 1)
-        model_max_length = _integer("model_max_length", model_max_length, 1)
+        max_length = whole_number("max_length", max_length, 1)
+        model_max_length = whole_number("model_max_length", model_max_length, 1)
         is_longer = max_length > model_max_length
         chosen = {
             "position_bias_enabled": max_length >= 2048,
@@ -154,6 +171,14 @@ class HyLoRADAConfig:
     def to_dict(self) -> dict[str, Any]:
         """Every field, in values that JSON knows."""
         return dataclasses.asdict(self) | {"lora_target_modules": list(self.lora_target_modules)}
+
+    def idle_options(self) -> dict[str, str]:
+        """The options that are not at their defaults and do nothing, each with its switch that is off."""
+        return {
+            name: switch
+            for name, switch in SWITCHES.items()
+            if not getattr(self, switch) and getattr(self, name) != getattr(type(self), name)
+        }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "HyLoRADAConfig":
@@ -175,7 +200,7 @@ def _checked(name: str, declared: Any, value: Any) -> Any:
     if name in _CHOICES:
         return _choice(name, value, _CHOICES[name])
     if name in _AT_LEAST:
-        return _integer(name, value, _AT_LEAST[name])
+        return whole_number(name, value, _AT_LEAST[name])
     if declared is float:
         return _number(name, value)
     if not isinstance(value, bool):
@@ -204,7 +229,8 @@ def _choice(name: str, value: Any, allowed: tuple) -> Any:
     return value
 
 
-def _integer(name: str, value: Any, least: int) -> int:
+def whole_number(name: str, value: Any, least: int) -> int:
+    """The value as an int; TypeError or ValueError with the field's name where it is not one of at least `least`."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         allowed = 'a whole number or "auto"' if name == "s2_group_size" else "a whole number"
         raise TypeError(f"{name} must be {allowed}, got {value!r}")
@@ -214,11 +240,16 @@ def _integer(name: str, value: Any, least: int) -> int:
 
 
 def _number(name: str, value: Any) -> float:
+    if name in ("lora_dropout", "s2_shift_ratio"):
+        return real_number(name, value, "in [0, 1)", lambda number: 0 <= number < 1)
+    return real_number(name, value, "positive and finite", lambda number: number > 0)
+
+
+def real_number(name: str, value: Any, allowed: str, is_allowed: Callable[[float], bool]) -> float:
+    """The value as a float; TypeError or ValueError with the field's name where it is not finite and `allowed`."""
     if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    value = float(value)
-    fraction = name in ("lora_dropout", "s2_shift_ratio")
-    if not math.isfinite(value) or (fraction and not 0 <= value < 1) or (not fraction and value <= 0):
-        allowed = "in [0, 1)" if fraction else "positive and finite"
-        raise ValueError(f"{name} must be {allowed}, got {value}")
-    return value
+        raise TypeError(f"{name} must be a number ({allowed}), got {value!r}")
+    number = float(value)
+    if not math.isfinite(number) or not is_allowed(number):
+        raise ValueError(f"{name} must be {allowed}, got {number}")
+    return number

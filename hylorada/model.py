@@ -33,6 +33,8 @@ UNBUILT_COMPONENTS = {
     "train_norms": "training of norms",
     "rope_scaling_type": "RoPE scaling",
 }
+_OTHER_BASE_OF_A_MERGED_MODEL = "pass base_model=None, or a base of the same architecture"
+_FOREIGN_FULL_MODEL = "the full model beside the adapter is not the one that was saved with it; save or copy it again"
 
 
 class HyLoRADAModel(nn.Module):
@@ -172,7 +174,7 @@ class HyLoRADAModel(nn.Module):
         """Save the adapter, adapter.safetensors with hylorada_config.json, and after a merge the full model beside it.
 
         transformers can load the full model too, but not the position bias, which is in adapter.safetensors. Old files
-        are replaced when all new ones are written; if that fails they stay.
+        are replaced when all new ones are written; if that fails they stay. A merged model saved here before goes away.
         """
         self._warn_of_unsaved()
         adapter = storage.SavedAdapter(
@@ -182,7 +184,7 @@ class HyLoRADAModel(nn.Module):
             base_fingerprint=storage.fingerprint(_base_parameters(self.base_model)),
             tensors=self.adapter_parameters(),
         )
-        with storage.replacing_files(directory, storage.FULL_MODEL_FILES if self.merged else ()) as folder:
+        with storage.replacing_files(directory, self._obsolete_files(directory)) as folder:
             if self.merged:
                 self.base_model.save_pretrained(folder)
             storage.write_adapter(folder, adapter)
@@ -206,6 +208,7 @@ class HyLoRADAModel(nn.Module):
                 In the folder of a merged model None takes the full model, and a given base model gets its weights.
             directory: the folder.
             strict_base: refuse a base model whose parameters have other names, shapes or (in samples) norms of rows.
+                With the folder of a merged model names and shapes must fit in any case, and norms need not.
 
         Raises:
             FileNotFoundError: no adapter there.
@@ -216,7 +219,9 @@ class HyLoRADAModel(nn.Module):
         full_model = None
         if saved.merged:
             full_model = _load_full_model(directory, base_model)
-            storage.check_base(saved.base_fingerprint, _base_parameters(full_model))
+            given = isinstance(base_model, PreTrainedModel)
+            advice = _OTHER_BASE_OF_A_MERGED_MODEL if given else _FOREIGN_FULL_MODEL
+            storage.check_base(saved.base_fingerprint, _base_parameters(full_model), advice)
         model = cls.__new__(cls)
         nn.Module.__init__(model)
         model._assemble(_load_base(base_model, full_model, saved.base_model), config, saved, strict_base)
@@ -242,10 +247,12 @@ class HyLoRADAModel(nn.Module):
         """Build every part, fill it with a saved adapter's values, and only then put it into the base model."""
         targets = _check(base_model, config)
         is_merged = saved is not None and saved.merged
-        if saved is not None and (strict_base or is_merged):
-            # the weights of a merged model's base are about to be replaced
-            fingerprint = saved.base_fingerprint | ({"row_norms": {}} if is_merged else {})
-            storage.check_base(fingerprint, _base_parameters(base_model))
+        if saved is not None and is_merged:
+            # the weights are about to be replaced
+            fingerprint = saved.base_fingerprint | {"row_norms": {}}
+            storage.check_base(fingerprint, _base_parameters(base_model), _OTHER_BASE_OF_A_MERGED_MODEL)
+        elif saved is not None and strict_base:
+            storage.check_base(saved.base_fingerprint, _base_parameters(base_model))
         was_trainable = [parameter for parameter in base_model.parameters() if parameter.requires_grad]
         try:
             base_model.requires_grad_(False)
@@ -288,6 +295,16 @@ class HyLoRADAModel(nn.Module):
                 'position_bias_target="delta" scales the low-rank update by position, which no weight can hold; '
                 'do not merge, or train with position_bias_target="output" or without position bias'
             )
+
+    def _obsolete_files(self, directory: str | os.PathLike) -> tuple[str, ...]:
+        if self.merged:
+            return storage.FULL_MODEL_FILES
+        name = getattr(self.config, "_name_or_path", None) or ""
+        # a merged model that was loaded from here and adapted anew is this adapter's base
+        is_base = name != "" and os.path.realpath(name) == os.path.realpath(directory)
+        if is_base or not storage.holds_merged_model(directory):
+            return ()
+        return (*storage.FULL_MODEL_FILES, *storage.FULL_MODEL_CONFIGS)
 
     def _warn_of_unsaved(self) -> None:
         own = set(self.adapter_parameters().values())
@@ -347,9 +364,14 @@ def _check(base_model: PreTrainedModel, config: HyLoRADAConfig) -> dict[str, nn.
     for field, component in UNBUILT_COMPONENTS.items():
         if value := getattr(config, field):
             raise NotImplementedError(f"{component} ({field}={value!r}) is not built yet; leave {field} at its default")
-    if config.rope_scaling_factor != 1 and config.rope_scaling_type is None:
+    for option, switch in config.idle_options().items():
         logger.warning(
-            "rope_scaling_factor=%s does nothing while rope_scaling_type is None", config.rope_scaling_factor
+            "%s=%r does nothing while %s is %r", option, getattr(config, option), switch, getattr(config, switch)
+        )
+    if config.gradient_checkpointing and not base_model.supports_gradient_checkpointing:
+        logger.warning(
+            "gradient_checkpointing=True does nothing: %s does not support gradient checkpointing",
+            type(base_model).__name__,
         )
     is_default = config.lora_target_modules == DEFAULT_TARGET_MODULES
     targets = find_targets(base_model, config.lora_target_modules, warn_unmatched=not is_default)

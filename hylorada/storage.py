@@ -25,6 +25,11 @@ RECORD_FILE = "hylorada_config.json"
 
 # a new full model with other shards would not overwrite these, and transformers would load them
 FULL_MODEL_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+FULL_MODEL_CONFIGS = ("config.json", "generation_config.json")
+
+_LOAD_THE_RIGHT_ONE = (
+    "load the base model that the adapter was trained on, or pass strict_base=False if you know that it fits"
+)
 
 SAMPLED_TENSORS = 32
 SAMPLED_ROWS = 8
@@ -113,12 +118,20 @@ def read_adapter(directory: str | os.PathLike) -> SavedAdapter:
     return SavedAdapter(record["config"], record["merged"], record["base_model"], record["base_fingerprint"], tensors)
 
 
+def holds_merged_model(directory: str | os.PathLike) -> bool:
+    """Whether the folder's record says that a full model, the merged one, lies beside it."""
+    try:
+        return _read_record(Path(directory))["merged"] is True
+    except (OSError, ValueError, KeyError):
+        return False
+
+
 def fingerprint(parameters: Mapping[str, Tensor]) -> dict[str, Any]:
     """What tells one base model from another: all names and shapes, and some norms of rows of some matrices."""
     matrices = [
         name
         for name, tensor in parameters.items()
-        if tensor.dim() > 1 and tensor.is_floating_point() and not tensor.is_meta
+        if tensor.dim() > 1 and tensor.numel() and tensor.is_floating_point() and not tensor.is_meta
     ]
     return {
         "shapes": {name: list(tensor.shape) for name, tensor in parameters.items()},
@@ -126,9 +139,9 @@ def fingerprint(parameters: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def check_base(saved: dict[str, Any], parameters: Mapping[str, Tensor]) -> None:
-    """ValueError where `parameters` are not those of the base model with the `saved` fingerprint."""
-    advice = "; load the base model that the adapter was trained on, or pass strict_base=False if you know that it fits"
+def check_base(saved: dict[str, Any], parameters: Mapping[str, Tensor], advice: str = _LOAD_THE_RIGHT_ONE) -> None:
+    """ValueError, which ends in `advice`, where `parameters` are not those of the base with the `saved` fingerprint."""
+    advice = f"; {advice}"
     shapes = {name: list(tensor.shape) for name, tensor in parameters.items()}
     if absent := sorted(saved["shapes"].keys() - shapes.keys()):
         raise ValueError(f"wrong base model: it has no {_some(absent)}{advice}")
@@ -140,7 +153,7 @@ def check_base(saved: dict[str, Any], parameters: Mapping[str, Tensor]) -> None:
                 f"wrong base model: {name} has shape {tuple(shapes[name])}, the adapter's has {tuple(shape)}{advice}"
             )
     for name, norms in saved["row_norms"].items():
-        if parameters[name].is_meta:
+        if not norms or parameters[name].is_meta:
             continue
         expected, found = torch.tensor(norms), torch.tensor(_sampled_row_norms(parameters[name]))
         difference = ((found - expected).abs() / expected.abs().clamp(min=1e-12)).max().item()

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import SchedulerType, get_scheduler
 
+from .config import real_number, whole_number
 from .evaluation import batch_loss_sum, mean_loss, predicted_tokens
 from .model import get_lora_plus_param_groups
 
@@ -26,8 +27,16 @@ logger = logging.getLogger(__name__)
 
 _AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # they need arguments that the config does not have
-_UNSUPPORTED_SCHEDULERS = {"reduce_lr_on_plateau", "warmup_stable_decay", "greedy"}
+_UNSUPPORTED_SCHEDULERS = {
+    "cosine_warmup_with_min_lr",
+    "cosine_with_min_lr",
+    "greedy",
+    "reduce_lr_on_plateau",
+    "warmup_stable_decay",
+}
 _SCHEDULERS = sorted({kind.value for kind in SchedulerType} - _UNSUPPORTED_SCHEDULERS)
+_OPTIONAL_COUNTS = ("per_device_batch_size", "max_steps", "eval_steps")
+_OPTIONAL_NUMBERS = ("magnitude_learning_rate", "position_learning_rate", "max_grad_norm")
 
 
 @dataclass
@@ -67,16 +76,22 @@ class TrainingConfig:
     show_progress: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("num_epochs", "gradient_accumulation_steps", "logging_steps"):
-            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("per_device_batch_size", "max_steps", "eval_steps"):
-            _require(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("learning_rate", "magnitude_learning_rate", "position_learning_rate", "max_grad_norm"):
-            _require(getattr(self, name) is None or getattr(self, name) > 0, name, "positive", getattr(self, name))
-        _require(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
-        _require(0 <= self.warmup_ratio < 1, "warmup_ratio", "in [0, 1)", self.warmup_ratio)
+        for name in ("num_epochs", "gradient_accumulation_steps", "logging_steps", *_OPTIONAL_COUNTS):
+            value = getattr(self, name)
+            if value is not None or name not in _OPTIONAL_COUNTS:
+                setattr(self, name, whole_number(name, value, 1))
+        for name in ("learning_rate", *_OPTIONAL_NUMBERS):
+            value = getattr(self, name)
+            if value is not None or name not in _OPTIONAL_NUMBERS:
+                setattr(self, name, real_number(name, value, "positive and finite", lambda number: number > 0))
+        self.weight_decay = real_number(
+            "weight_decay", self.weight_decay, "0 or more and finite", lambda number: number >= 0
+        )
+        self.warmup_ratio = real_number("warmup_ratio", self.warmup_ratio, "in [0, 1)", lambda number: 0 <= number < 1)
+        self.seed = whole_number("seed", self.seed, 0)
+        _require(self.seed < 2**32, "seed", "less than 2**32", self.seed)
         _require(
-            self.mixed_precision is None or self.mixed_precision in _AUTOCAST_DTYPES,
+            self.mixed_precision is None or self.mixed_precision in list(_AUTOCAST_DTYPES),
             "mixed_precision",
             f"None or one of {', '.join(_AUTOCAST_DTYPES)}",
             self.mixed_precision,

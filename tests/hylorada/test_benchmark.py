@@ -165,6 +165,33 @@ SEED_COMMANDS = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lr", "-1"], "--lr: learning_rate must be positive and finite, got -1.0"),
+        (["--lr", "nan"], "--lr: learning_rate must be positive and finite, got nan"),
+        (["--lr", "abc"], "--lr takes numbers, such as 2e-4 or lora=2e-4; got 'abc'"),
+        (["--methods", "lora", "dora", "--lr", "lora=1e-3", "dora=0"], "--lr: learning_rate must be positive"),
+        (["--methods", "lora", "--lr", "lora=x"], "--lr takes numbers, such as 2e-4 or lora=2e-4; got 'x'"),
+        (["--lr_scheduler", "sawtooth"], "--lr_scheduler: lr_scheduler must be one of constant, "),
+        (["--warmup_ratio", "1"], "--warmup_ratio: warmup_ratio must be in [0, 1), got 1.0"),
+        (["--batch_size", "0"], "--batch_size: per_device_batch_size must be at least 1, got 0"),
+        (["--methods", "baseline", "--grad_accum", "0"], "--grad_accum: gradient_accumulation_steps must be at least"),
+        (["--epochs", "0"], "--epochs: num_epochs must be at least 1, got 0"),
+        (["--seed", "-1"], "--seed: seed must be at least 0, got -1"),
+        (["--sink_tokens", "4"], "--sink_tokens 4 needs --s2_attn"),
+    ],
+)
+def test_bad_flags_are_named_before_anything_is_loaded(run, monkeypatch, capsys, arguments, message):
+    def loading(*_):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(run_benchmark, "load_documents", loading)
+    monkeypatch.setattr(run_benchmark, "load_pretrained", loading)
+    assert run(*arguments) == (2, [])
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", SEED_COMMANDS)
 def test_every_flag_of_the_documented_commands_is_known(command):
     options = run_benchmark._parser().parse_args(command.split())

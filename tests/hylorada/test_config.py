@@ -109,7 +109,7 @@ def test_context_length_knows_the_models_own_length_and_overrides_win():
         ("lora_rank", True, TypeError, "whole number, got True"),
         ("lora_alpha", 0, ValueError, "positive"),
         ("lora_alpha", float("nan"), ValueError, "positive"),
-        ("lora_alpha", "16", TypeError, "a number, got '16'"),
+        ("lora_alpha", "16", TypeError, r"a number \(positive and finite\), got '16'"),
         ("lora_dropout", 1.0, ValueError, r"in \[0, 1\), got 1.0"),
         ("lora_dropout", -0.1, ValueError, r"in \[0, 1\), got -0.1"),
         ("lora_target_modules", "q_proj", TypeError, "single string 'q_proj'"),

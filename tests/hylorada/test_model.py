@@ -9,6 +9,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hylorada import HyLoRADAConfig, HyLoRADAModel, UnifiedLayer, get_lora_plus_param_groups
+from hylorada.baselines import METHODS as METHODS_BY_NAME
+from hylorada.baselines import baseline_config
 from hylorada.lora import adapted_layers
 
 PLAIN = {"use_dora_magnitude": False, "use_blend": False, "position_bias_enabled": False}
@@ -296,7 +298,7 @@ def checkpointed_layers(model):
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.* is deprecated:FutureWarning")
-def test_gradient_checkpointing_follows_the_config(make_base, monkeypatch):
+def test_gradient_checkpointing_follows_the_config(make_base, monkeypatch, caplog):
     off = HyLoRADAConfig(gradient_checkpointing=False)
     assert checkpointed_layers(HyLoRADAModel(make_base("llama"))) == [True, True]
     assert checkpointed_layers(HyLoRADAModel(make_base("llama"), off)) == [False, False]
@@ -305,7 +307,12 @@ def test_gradient_checkpointing_follows_the_config(make_base, monkeypatch):
     assert checkpointed_layers(HyLoRADAModel(enabled, off)) == [True, True]
     unable = make_base("llama")
     monkeypatch.setattr(unable, "supports_gradient_checkpointing", False)
+    assert checkpointed_layers(HyLoRADAModel(copy.deepcopy(unable), off)) == [False, False]
+    assert caplog.messages == []
     assert checkpointed_layers(HyLoRADAModel(unable)) == [False, False]
+    assert caplog.messages == [
+        "gradient_checkpointing=True does nothing: LlamaForCausalLM does not support gradient checkpointing"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -435,9 +442,47 @@ def test_only_names_that_the_user_gave_are_warned_about(make_base, caplog):
         assert "['qproj'] match no linear layer" in caplog.text
 
 
-def test_a_rope_factor_without_a_type_is_warned_about(make_base, caplog):
-    HyLoRADAModel(make_base("llama"), HyLoRADAConfig(rope_scaling_factor=4.0))
-    assert "rope_scaling_factor=4.0 does nothing" in caplog.text
+@pytest.mark.parametrize(
+    ("option", "value", "switch", "off"),
+    [
+        ("dora_norm_grad", True, "use_dora_magnitude", False),
+        ("position_num_buckets", 32, "position_bias_enabled", False),
+        ("position_bucket", "log2", "position_bias_enabled", False),
+        ("position_bias_target", "delta", "position_bias_enabled", False),
+        ("num_landmarks", 3, "landmark_enabled", False),
+        ("landmark_gate", "prefix_mean", "landmark_enabled", False),
+        ("landmark_position", True, "landmark_enabled", False),
+        ("s2_group_size", 512, "s2_attn_enabled", False),
+        ("s2_shift_ratio", 0.25, "s2_attn_enabled", False),
+        ("s2_sink_tokens", 4, "s2_attn_enabled", False),
+        ("s2_shift_mode", "heads", "s2_attn_enabled", False),
+        ("s2_eval", True, "s2_attn_enabled", False),
+        ("rope_scaling_factor", 4.0, "rope_scaling_type", None),
+    ],
+)
+def test_an_option_whose_switch_is_off_is_warned_about(make_base, caplog, option, value, switch, off):
+    HyLoRADAModel(make_base("llama"), HyLoRADAConfig(**{option: value, switch: off}))
+    assert caplog.messages == [f"{option}={value!r} does nothing while {switch} is {off!r}"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        HyLoRADAConfig(),
+        HyLoRADAConfig(use_dora_magnitude=False),
+        HyLoRADAConfig(position_bias_enabled=False),
+        HyLoRADAConfig.for_context_length(512),
+        *(baseline_config(name) for name in METHODS_BY_NAME if name != "baseline"),
+    ],
+)
+def test_presets_are_not_warned_about(make_base, caplog, config):
+    HyLoRADAModel(make_base("llama"), config)
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("length", [512, 1024, 2048, 4096, 32768])
+def test_a_context_length_leaves_no_option_idle(length):
+    assert HyLoRADAConfig.for_context_length(length).idle_options() == {}
 
 
 def test_two_models_of_one_config_are_independent(make_base, token_ids):

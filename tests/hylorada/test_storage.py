@@ -325,6 +325,67 @@ def test_a_new_full_model_replaces_the_shards_of_an_old_one(make_model, token_id
     assert torch.equal(loaded(token_ids).logits, model(token_ids).logits)
 
 
+def test_an_unmerged_save_takes_the_merged_model_away(make_base, make_model, token_ids, tmp_path):
+    model = make_model("llama")
+    expected = model(token_ids).logits
+    model.merge_lora_weights()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    model.unmerge_lora_weights()
+    model.save_pretrained(tmp_path)
+    assert set(contents(tmp_path)) == {RECORD, TENSORS, "notes.txt"}
+    loaded = HyLoRADAModel.from_pretrained(make_base("llama"), tmp_path)
+    assert torch.equal(loaded(token_ids).logits, expected)
+
+
+def test_a_base_beside_its_adapter_stays(make_base, make_model, tmp_path):
+    make_base("llama").save_pretrained(tmp_path)
+    base = contents(tmp_path)
+    model = make_model("llama")
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+        assert contents(tmp_path).items() >= base.items()
+
+
+def test_a_merged_model_that_is_adapted_anew_stays_beside_its_adapter(make_model, token_ids, tmp_path):
+    merged = make_model("llama", position_bias_enabled=False)
+    merged.merge_lora_weights()
+    merged.save_pretrained(tmp_path)
+    model = HyLoRADAModel(AutoModelForCausalLM.from_pretrained(tmp_path))
+    model.save_pretrained(tmp_path)
+    loaded = HyLoRADAModel.from_pretrained(None, tmp_path)
+    assert not loaded.merged and torch.equal(loaded(token_ids).logits, model(token_ids).logits)
+
+
+@pytest.mark.parametrize("strict_base", [True, False])
+@pytest.mark.parametrize("other", [("gpt2", {}), ("llama", {"num_hidden_layers": 1}), ("llama", {"vocab_size": 98})])
+def test_a_base_that_does_not_fit_a_merged_model_is_told_what_does(
+    make_base, make_model, token_ids, tmp_path, other, strict_base
+):
+    model = make_model("llama")
+    model.merge_lora_weights()
+    model.save_pretrained(tmp_path)
+    family, changes = other
+    with pytest.raises(
+        ValueError, match=r"wrong base model.*; pass base_model=None, or a base of the same arch"
+    ) as info:
+        HyLoRADAModel.from_pretrained(make_base(family, **changes), tmp_path, strict_base=strict_base)
+    assert "strict_base" not in str(info.value)
+    loaded = HyLoRADAModel.from_pretrained(None, tmp_path, strict_base=strict_base)
+    assert torch.equal(loaded(token_ids).logits, model(token_ids).logits)
+
+
+def test_an_empty_matrix_has_no_norms():
+    parameters = {"empty": torch.zeros(0, 3), "narrow": torch.zeros(3, 0), "full": torch.tensor([[3.0, 4.0]])}
+    saved = storage.fingerprint(parameters)
+    assert saved["row_norms"] == {"full": [5.0]}
+    assert saved["shapes"] == {"empty": [0, 3], "narrow": [3, 0], "full": [1, 2]}
+    storage.check_base(saved, parameters)
+    storage.check_base(saved | {"row_norms": {"empty": []}}, parameters)
+    with pytest.raises(ValueError, match=r"empty has shape \(1, 3\)"):
+        storage.check_base(saved, parameters | {"empty": torch.zeros(1, 3)})
+
+
 def test_a_damaged_full_model_is_a_value_error(make_model, tmp_path):
     model = make_model("llama")
     model.merge_lora_weights()
@@ -340,7 +401,7 @@ def test_full_weights_that_do_not_belong_to_the_record_are_noticed(make_base, ma
     model.merge_lora_weights()
     model.save_pretrained(tmp_path)
     make_base("llama", num_hidden_layers=1).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="wrong base model"):
+    with pytest.raises(ValueError, match=r"wrong base model.*the full model beside the adapter is not the one"):
         HyLoRADAModel.from_pretrained(None, tmp_path)
 
 

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from hylorada.data import collate
 from hylorada.evaluation import mean_loss
-from hylorada.trainer import HyLoRADATrainer, TrainingConfig
+from hylorada.trainer import _SCHEDULERS, HyLoRADATrainer, TrainingConfig
 
 LENGTHS = [12, 5, 9, 2, 16, 7, 11, 3, 8]
 
@@ -330,11 +330,48 @@ def test_batch_size_of_config_and_dataloader_must_agree(make_model, rows):
         ("warmup_ratio", 1.0),
         ("mixed_precision", "int8"),
         ("lr_scheduler", "sawtooth"),
+        ("lr_scheduler", "cosine_with_min_lr"),
+        ("lr_scheduler", "cosine_warmup_with_min_lr"),
+        ("learning_rate", float("inf")),
+        ("position_learning_rate", float("nan")),
+        ("weight_decay", float("inf")),
+        ("seed", -1),
+        ("seed", 2**32),
     ],
 )
 def test_bad_values_are_named(field, value):
     with pytest.raises(ValueError, match=f"{field} must be .*{value}"):
         TrainingConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("num_epochs", 1.5, "a whole number"),
+        ("num_epochs", "3", "a whole number"),
+        ("num_epochs", None, "a whole number"),
+        ("num_epochs", True, "a whole number"),
+        ("max_steps", 2.5, "a whole number"),
+        ("gradient_accumulation_steps", 1.5, "a whole number"),
+        ("seed", 0.5, "a whole number"),
+        ("learning_rate", "2e-4", r"a number \(positive and finite\)"),
+        ("learning_rate", None, r"a number \(positive and finite\)"),
+        ("weight_decay", "0", r"a number \(0 or more and finite\)"),
+        ("warmup_ratio", "0", r"a number \(in \[0, 1\)\)"),
+    ],
+)
+def test_values_of_other_kinds_are_named(field, value, allowed):
+    with pytest.raises(TypeError, match=f"^{field} must be {allowed}, got {value!r}$"):
+        TrainingConfig(**{field: value})
+
+
+@pytest.mark.parametrize("name", _SCHEDULERS)
+def test_every_accepted_schedule_can_be_built(make_model, rows, name):
+    fields = config(max_steps=2, lr_scheduler=name, warmup_ratio=0.5)
+    result = HyLoRADATrainer(make_model(), loader(rows, 3), config=fields).train()
+    rates = [record.learning_rate for record in result.steps]
+    # one step of warm-up, except where the schedule has none
+    assert rates == ([2e-4, 2e-4] if name == "constant" else [0.0, 2e-4])
 
 
 def test_seed_examples_run_as_written(make_model, rows):
