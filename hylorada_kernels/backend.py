@@ -124,7 +124,9 @@ def runs_directly(tensor: Tensor, choice: str) -> bool:
 def no_autocast(tensor: Tensor):
     """Autocast off for the tensor's device: inside an op the dtypes are settled."""
     kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:

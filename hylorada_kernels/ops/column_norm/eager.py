@@ -3,8 +3,11 @@
 import torch
 from torch import Tensor
 
-# below this share of ||W||^2 + s^2 ||B A||^2 the expansion has lost a digit to cancellation; in practice no row ever is
-CANCELLATION = 0.1
+from .._thin import thin_product
+
+# below this share of ||W||^2 the expansion may have lost a digit to cancellation; above it n^2 is at least a 17th of the
+# sum of its terms' sizes, whatever B A is. In practice no row ever is
+CANCELLATION = 0.3
 # elements of W held in fp32 at a time: small enough for the second-level cache
 CHUNK_ELEMENTS = 1 << 18
 
@@ -21,13 +24,11 @@ def forward(weight: Tensor, lora_a: Tensor, lora_b: Tensor, *, scale: float) -> 
     for rows in _row_chunks(weight, dtype):
         wide = weight[rows].to(dtype)
         torch.linalg.vector_norm(wide, dim=1, out=base[rows])
-        torch.mm(wide, a.T, out=products[rows])
+        products[rows] = thin_product(wide, a)
     base.square_()
-    cross = (products * b).sum(1).mul_(scale)
-    update = ((b @ (a @ a.T)) * b).sum(1).mul_(scale**2)
-    squared = base + 2 * cross + update
-    cancelled = (squared < CANCELLATION * (base + update)).nonzero().squeeze(1)
-    if cancelled.numel():
+    squared = (torch.addmm(products, b, a @ a.T, beta=2 * scale, alpha=scale**2) * b).sum(1).add_(base)
+    cancelled = squared < CANCELLATION * base
+    if cancelled.any():
         squared[cancelled] = (weight[cancelled].to(dtype) + scale * (b[cancelled] @ a)).square().sum(1)
     return squared.sqrt_()
 

@@ -8,6 +8,7 @@ row sum of dx * x.
 import torch
 from torch import Tensor
 
+from .._thin import thin_product
 from ..column_norm import eager as column_norm
 
 # below this gain the product z = y / g has lost its digits: it is computed again for those columns
@@ -39,7 +40,7 @@ def forward(
     if p_input is not None:
         x = x * p_input
     thinned, mask = torch.native_dropout(x, dropout_p, True) if dropout_p else (x, x.new_empty(0, dtype=torch.bool))
-    h = thinned @ lora_a.to(x.dtype).T
+    h = thin_product(thinned, lora_a.to(x.dtype))
     if magnitude is None:
         return _product(x, weight, h, lora_b, scale, p_delta, bias), h, nothing, nothing, nothing, mask
     own_norm = nothing
@@ -86,7 +87,7 @@ def backward(
 
     if need_x or need_a or need_p:
         # B with s and g folded in: dy meets the low-rank path unscaled
-        dh = dy @ (row_scale * lora_b).to(x.dtype)
+        dh = thin_product(dy, (row_scale * lora_b).to(x.dtype).T)
         if need_p and p_delta is not None:
             dp = (dh * h).sum(1, dtype=token_scale.dtype)
         if p_delta is not None:
