@@ -5,8 +5,8 @@ from torch import Tensor
 
 from .._thin import thin_product
 
-# below this share of ||W||^2 the expansion may have lost a digit to cancellation; above it n^2 is at least a 17th of the
-# sum of its terms' sizes, whatever B A is. In practice no row ever is
+# below this share of ||W||^2 the expansion may have lost a digit to cancellation; above it n^2 is at least a 17th of
+# the sum of its terms' sizes, whatever B A is. In practice no row ever is
 CANCELLATION = 0.3
 # elements of W held in fp32 at a time: small enough for the second-level cache
 CHUNK_ELEMENTS = 1 << 18
