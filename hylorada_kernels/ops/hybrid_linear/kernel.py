@@ -728,7 +728,7 @@ def _column_gradients(
             HAS_BIAS=bias is not None, HAS_TOKEN_SCALE=token_scale is not None,
             NEEDS_B=need_b, NEEDS_GAIN=need_gain and has_output, NEEDS_BIAS=need_bias,
             BLOCK_T=depth, BLOCK_O=block_o, BLOCK_R=block_r,
-            **thin.options(),
+            **thin._replace(num_warps=4).options(),
         )  # fmt: skip
     if need_gain:
         # the kernel always writes both: one of them may not be wanted
