@@ -1,16 +1,14 @@
 """Thin modules over the ops: they own the parameters and call one op; no mathematics is done here."""
 
 import math
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .norm_cache import NormCache
-from .ops.column_norm import column_norm
 from .ops.hybrid_linear.eager import adapted_weight
-from .ops.hybrid_linear.op import TOKEN_SCALE_TARGETS, hybrid_linear_keeping_norm
+from .ops.hybrid_linear.op import TOKEN_SCALE_TARGETS, hybrid_linear
 
 INITS = ("orthogonal", "kaiming")
 BLEND_INIT = 0.1
@@ -113,22 +111,19 @@ class HybridLinear(nn.Module):
         """x: (..., I) in weight's dtype; token_scale: x.shape[:-1] or None. -> (..., O)."""
         if self.merged:
             return self._merged_forward(x, token_scale)
-        weight, a, b = self._base(), self.lora_a, self.lora_b
-        norm, keep_norm = None, None
+        norm = None
         if self.magnitude is not None and not self.norm_grad:
-            norm = self._norms.lookup(weight, a, b, self.scale)
-            keep_norm = partial(self._norms.store, weight=weight, lora_a=a, lora_b=b, scale=self.scale)
-        return hybrid_linear_keeping_norm(
+            norm = self._norm()
+        return hybrid_linear(
             x,
-            weight,
-            a,
-            b,
+            self._base(),
+            self.lora_a,
+            self.lora_b,
             self.magnitude,
             self.residual_weight,
-            norm=norm,
-            keep_norm=keep_norm,
             scale=self.scale,
             bias=self.bias,
+            norm=norm,
             token_scale=token_scale,
             token_scale_target=self.token_scale_target,
             norm_grad=self.norm_grad,
@@ -192,7 +187,7 @@ class HybridLinear(nn.Module):
         return self.weight.T if self.weight_is_transposed else self.weight
 
     def _norm(self) -> Tensor:
-        return column_norm(self._base(), self.lora_a, self.lora_b, scale=self.scale)
+        return self._norms.norm(self._base(), self.lora_a, self.lora_b, self.scale)
 
     def _merged_forward(self, x: Tensor, token_scale: Tensor | None) -> Tensor:
         if token_scale is None:

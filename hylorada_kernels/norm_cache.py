@@ -2,14 +2,17 @@
 
 The norm is a constant for autograd, and the factors stand still between two optimizer steps: one norm serves every
 micro-batch and every recomputation of a checkpointed layer. Version counters cannot tell when to make it anew: fused
-optimizers, writes through .data, numpy or a flat buffer leave them as they are. So contents are compared.
+optimizers, writes through .data, numpy or a flat buffer leave them as they are. So contents are compared: on the CPU
+with kept copies of A and B, on a GPU by a fingerprint of their bits, without the host waiting for it. Of the frozen
+weight a sample is looked at.
 """
 
 import math
+import struct
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,10 +20,15 @@ from torch import Tensor
 from . import backend
 from .ops.column_norm import column_norm
 
+if backend.HAS_TRITON:
+    from .ops.column_norm import kernel
+
 # elements of the frozen weight that are looked at: whoever replaces it changes more than one in thousands
 WEIGHT_SAMPLES = 4096
+KEY_LENGTH = 7
 
 _verifying: ContextVar[bool] = ContextVar("hylorada_verify_norms", default=False)
+_lock = threading.Lock()
 
 
 @contextmanager
@@ -33,82 +41,132 @@ def verifying() -> Iterator[None]:
         _verifying.reset(token)
 
 
-class _Entry(NamedTuple):
-    norm: Tensor
-    lora_a: Tensor
-    lora_b: Tensor
-    weight_key: tuple
-    weight_sample: Tensor
-    scale: float
-
-
 class NormCache:
-    """Holds one norm beside copies of the factors it was made of: R (I + O) numbers a layer.
+    """Keeps one norm and what shows whether it still holds: copies of A and B on the CPU, a fingerprint on a GPU.
 
-    It works for plain tensors on the CPU. A GPU would have to wait for the comparison, a trace cannot branch on it, and
-    what inference mode made cannot be saved for a backward: there `lookup` finds nothing and the op computes the norm.
+    The norm is made anew each time where nothing can be kept: for tensor subclasses, in an exported program, and for an
+    eager layer on a GPU, where the host would have to wait for the comparison.
     """
 
     def __init__(self) -> None:
-        self._entry: _Entry | None = None
+        self._kept: list[Tensor] = []
 
-    def lookup(self, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor | None:
-        """The norm that was stored for just these values, or None."""
-        entry = self._entry
-        if entry is None or not _comparable(weight, lora_a, lora_b):
-            return None
-        if entry.scale != scale or entry.weight_key != _key(weight):
-            return None
-        unchanged = _same(entry.lora_a, lora_a) and _same(entry.lora_b, lora_b)
-        if not unchanged or not _same(entry.weight_sample, _sample(weight)):
-            return None
-        if _verifying.get():
-            _verify(entry.norm, weight, lora_a, lora_b, scale)
-        return entry.norm
-
-    def store(self, norm: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> None:
-        """Keep a norm that was just made of these values."""
-        if _comparable(norm, weight, lora_a, lora_b):
-            copies = lora_a.detach().clone(), lora_b.detach().clone()
-            self._entry = _Entry(norm.detach(), *copies, _key(weight), _sample(weight).clone(), scale)
+    def norm(self, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+        """The norm, (O,) fp32 (fp64 for an fp64 weight), a tensor of the caller's own. See `column_norm`."""
+        with torch.no_grad():
+            choice = backend.choose(weight)
+            if not _can_keep(weight, lora_a, lora_b, choice):
+                return column_norm(weight, lora_a, lora_b, scale=scale)
+            like = _layout(weight, lora_a, lora_b, choice)
+            if [_signature(tensor) for tensor in self._kept] != like:
+                self._kept = _zeros(like, weight.device)
+            run = _norm if backend.runs_directly(weight, choice) else _norm_op
+            return run(self._kept, weight, lora_a, lora_b, scale, choice)
 
     def invalidate(self) -> None:
         """Forget the norm: needed after a few elements of the frozen weight were edited behind autograd's back."""
-        self._entry = None
+        if self._kept:
+            # the key or the fingerprint: nothing fits 0
+            self._kept[-1].zero_()
 
     def __getstate__(self) -> dict:
-        # a copy in another process or another module has a weight of its own to look at
-        return {"_entry": None}
+        # another process must not write into these
+        return {"_kept": []}
 
 
-def _comparable(*tensors: Tensor) -> bool:
-    return all(
-        backend.runs_directly(tensor, "eager") and tensor.is_cpu and not tensor.is_inference() for tensor in tensors
-    )
+def _can_keep(weight: Tensor, lora_a: Tensor, lora_b: Tensor, choice: str) -> bool:
+    plain = all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in (weight, lora_a, lora_b))
+    return plain and not torch.compiler.is_exporting() and (choice == "triton" or weight.is_cpu)
 
 
-def _key(weight: Tensor) -> tuple:
-    return weight.data_ptr(), weight._version, weight.dtype, weight.shape, weight.stride()
+def _signature(tensor: Tensor) -> tuple:
+    return tuple(tensor.shape), tensor.dtype, tensor.device
+
+
+def _layout(weight: Tensor, lora_a: Tensor, lora_b: Tensor, choice: str) -> list[tuple]:
+    """Shapes, dtypes and devices of what is kept: the norm first."""
+    device, rows = weight.device, weight.shape[0]
+    norm = ((rows,), torch.promote_types(weight.dtype, torch.float32), device)
+    if choice == "triton":
+        return [norm, ((kernel.programs(rows),), torch.int64, device)]
+    samples = ((_samples(weight)[0],), weight.dtype, device)
+    return [norm, _signature(lora_a), _signature(lora_b), samples, ((KEY_LENGTH,), torch.int64, device)]
+
+
+def _zeros(layout: list[tuple], device: torch.device) -> list[Tensor]:
+    # tensors made in inference mode could never be written to outside of it
+    with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
+        return [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, _ in layout]
+
+
+def _norm(kept: list[Tensor], weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, choice: str) -> Tensor:
+    if choice == "triton":
+        samples, step = _samples(weight)
+        norm = kernel.guarded(kept, weight, lora_a, lora_b, scale=scale, samples=samples, sample_step=step)
+    else:
+        norm = _compared(kept, weight, lora_a, lora_b, scale)
+    if _verifying.get():
+        _verify(norm, weight, lora_a, lora_b, scale)
+    return norm
+
+
+@torch.library.custom_op("hylorada::kept_column_norm", mutates_args=("kept",))
+def _norm_op(kept: list[Tensor], weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, choice: str) -> Tensor:
+    return _norm(kept, weight, lora_a, lora_b, scale, choice)
+
+
+@_norm_op.register_fake
+def _(kept, weight, lora_a, lora_b, scale, choice):
+    return torch.empty_like(kept[0])
+
+
+def _compared(kept: list[Tensor], weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    """The kept norm where A, B, s and the sampled weight are what they were; else a new one, kept with copies."""
+    norm, kept_a, kept_b, kept_sample, kept_key = kept
+    sample, key = _sample(weight), _key(weight, scale)
+    with _lock:
+        # torch.equal calls two NaN different: a broken layer is computed anew each time, which is harmless
+        if (
+            kept_key.tolist() == key
+            and torch.equal(kept_a, lora_a)
+            and torch.equal(kept_b, lora_b)
+            and torch.equal(kept_sample, sample)
+        ):
+            return norm.clone()
+        # an interrupt on the way leaves a key that fits nothing
+        kept_key.zero_()
+        norm.copy_(column_norm(weight.detach(), lora_a, lora_b, scale=scale))
+        kept_a.copy_(lora_a)
+        kept_b.copy_(lora_b)
+        kept_sample.copy_(sample)
+        kept_key.copy_(torch.tensor(key))
+        return norm.clone()
+
+
+def _key(weight: Tensor, scale: float) -> list[int]:
+    """What tells one weight and scale from another without reading the weight; never all zeros."""
+    version = -1 if weight.is_inference() else weight._version
+    scale_bits = struct.unpack("q", struct.pack("d", scale))[0]
+    return [1, weight.data_ptr(), version, scale_bits, weight.shape[1], *weight.stride()]
+
+
+def _samples(weight: Tensor) -> tuple[int, int]:
+    """How many elements of the weight are looked at, and the step between them in reading order."""
+    step = max(1, weight.numel() // WEIGHT_SAMPLES)
+    # a step that shares a factor with a row's length would visit some columns only
+    while math.gcd(step, max(weight.numel(), 1)) > 1:
+        step += 1
+    return -(-weight.numel() // step), step
 
 
 def _sample(weight: Tensor) -> Tensor:
-    """Elements of the weight, spread evenly over its rows and columns; a view."""
+    """Elements of the weight, spread evenly over its rows and columns; a view of one without gaps."""
     rows = weight.detach() if weight.is_contiguous() else weight.detach().T
-    step = max(1, rows.numel() // WEIGHT_SAMPLES)
-    # a step that shares a factor with the row length would visit some columns only
-    while math.gcd(step, max(rows.shape[-1], 1)) > 1:
-        step += 1
-    return rows.reshape(-1)[::step]
-
-
-def _same(kept: Tensor, now: Tensor) -> bool:
-    # torch.equal calls two NaN different: a broken layer is then computed anew each time, which is harmless
-    return kept.dtype == now.dtype and kept.shape == now.shape and torch.equal(kept, now)
+    return rows.reshape(-1)[:: _samples(weight)[1]]
 
 
 def _verify(norm: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> None:
-    with torch.no_grad():
-        fresh = column_norm(weight.detach(), lora_a, lora_b, scale=scale)
+    fresh = column_norm(weight.detach(), lora_a, lora_b, scale=scale)
     if not torch.allclose(norm, fresh, rtol=1e-4, atol=0):
         worst = float((norm / fresh - 1).abs().max())
         raise RuntimeError(

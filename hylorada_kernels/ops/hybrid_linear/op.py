@@ -1,7 +1,5 @@
 """Hybrid linear: contract, checks, autograd."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -69,39 +67,11 @@ def hybrid_linear(
         ValueError: shapes, devices or options that do not fit, or a weight that requires a gradient.
         RuntimeError: "triton" was asked for and cannot run here.
     """
-    return hybrid_linear_keeping_norm(
-        x, weight, lora_a, lora_b, magnitude, blend,
-        scale=scale, bias=bias, norm=norm, token_scale=token_scale, token_scale_target=token_scale_target,
-        norm_grad=norm_grad, save_output=save_output, dropout_p=dropout_p,
-    )  # fmt: skip
-
-
-def hybrid_linear_keeping_norm(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    magnitude: Tensor | None = None,
-    blend: Tensor | None = None,
-    *,
-    scale: float,
-    bias: Tensor | None = None,
-    norm: Tensor | None = None,
-    token_scale: Tensor | None = None,
-    token_scale_target: str = "output",
-    norm_grad: bool = False,
-    save_output: bool = True,
-    dropout_p: float = 0.0,
-    keep_norm: Callable[[Tensor], None] | None = None,
-) -> Tensor:
-    """`hybrid_linear` that hands a norm it had to compute to `keep_norm`, so that the next call can be given it."""
     _check(x, weight, lora_a, lora_b, magnitude, blend, bias, norm, token_scale, token_scale_target, dropout_p)
     dtype = backend.autocast_dtype(x)
     if magnitude is not None and norm is None and (norm_grad or dtype not in (None, weight.dtype)):
         with torch.set_grad_enabled(norm_grad and torch.is_grad_enabled()):
             norm = column_norm(weight, lora_a, lora_b, scale=scale)
-        if keep_norm is not None:
-            keep_norm(norm.detach())
     elif norm is not None and not norm_grad:
         norm = norm.detach()
     if dtype is not None:
@@ -119,7 +89,7 @@ def hybrid_linear_keeping_norm(
     y = _HybridLinear.apply(
         x.reshape(leading.numel(), x.shape[-1]), weight, lora_a, lora_b, magnitude, blend, norm, bias,
         None if token_scale is None else token_scale.reshape(-1).contiguous(),
-        float(scale), token_scale_target, float(dropout_p), save_output, backend.choose(x), keep_norm,
+        float(scale), token_scale_target, float(dropout_p), save_output, backend.choose(x),
     )  # fmt: skip
     return y if len(leading) == 1 else y.view(*leading, weight.shape[0])
 
@@ -296,7 +266,7 @@ class _HybridLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale,
-        scale, token_scale_target, dropout_p, save_output, choice, keep_norm,
+        scale, token_scale_target, dropout_p, save_output, choice,
     ):  # fmt: skip
         needs = [ctx.needs_input_grad[i] for i in (0, 2, 3, 4, 5, 6, 7, 8)]
         save = save_output and any(needs[3:6])
@@ -308,8 +278,6 @@ class _HybridLinear(torch.autograd.Function):
             )  # fmt: skip
         if magnitude is not None and norm is None:
             norm = own_norm
-            if keep_norm is not None:
-                keep_norm(own_norm)
         # the output itself stands in for the product unless the backend kept that
         kept = y if save and not kept.numel() else kept
         ctx.save_for_backward(
@@ -326,4 +294,4 @@ class _HybridLinear(torch.autograd.Function):
         with backend.no_autocast(dy):
             gradients = run(dy, *ctx.saved_tensors, *ctx.options)
         dx, *others = [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
-        return dx, None, *others, None, None, None, None, None, None
+        return dx, None, *others, None, None, None, None, None
