@@ -59,6 +59,8 @@ class Session:
     interpreting: bool = False
     names: list[list[str]] = field(default_factory=list)
     traffic: list[list[Launch]] = field(default_factory=list)
+    # tensors that kernels find in tables of pointers
+    reachable: list[list[torch.Tensor]] = field(default_factory=list)
     # aot() sets it; called instead of a launch on meta tensors, with Triton's own run, the kernel and what it was given
     compile: Callable[..., Any] | None = None
 
@@ -193,6 +195,8 @@ def _device_values(kernel: JITFunction, arguments: dict[str, Any], memory: Memor
     values = {
         name: value if name in constexprs else _device_value(memory, name, value) for name, value in arguments.items()
     }
+    for number, tensor in enumerate(itertools.chain.from_iterable(SESSION.reachable)):
+        memory.reach(f"reachable[{number}]", tensor)
     memory.seal()
     return values
 

@@ -127,12 +127,18 @@ class Memory:
         self._program = 1
         self._grid_index = (0, 0, 0)
         self._arguments: list[_Argument] = []
+        self._reachable: list[_Argument] = []
 
     def add(self, name: str, tensor: torch.Tensor) -> int:
         """Admit a tensor argument and return the virtual address of its first element."""
         argument = _Argument(name, tensor, len(self._arguments), self._count_traffic)
         self._arguments.append(argument)
         return argument.base
+
+    def reach(self, name: str, tensor: torch.Tensor) -> None:
+        """Admit a tensor that the kernel finds by its real address, in a table of pointers."""
+        self.add(name, tensor)
+        self._reachable.append(self._arguments[-1])
 
     def seal(self) -> None:
         """All arguments are known: find the ones that overlap and prepare to watch them."""
@@ -161,6 +167,9 @@ class Memory:
         addresses = pointers[mask].astype(np.int64)
         if not addresses.size:
             return real
+        for argument in self._reachable:
+            by_address = (addresses >= argument.real) & (addresses < argument.real + argument.nbytes)
+            addresses[by_address] += argument.base - argument.real
         owners = (addresses >> _SPAN_BITS) - 1
         if (owners == owners[0]).all():
             resolved = self._touch(kind, int(owners[0]), addresses, width)

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 from ._memory import Bytes, OutOfBounds, Race
 
 if TYPE_CHECKING:
+    import torch
+
     from ._launch import Launch
 
 try:
@@ -35,6 +37,7 @@ __all__ = [
     "Race",
     "interpret",
     "launches",
+    "reachable",
     "requires_interpreter",
     "supported",
     "traffic",
@@ -100,6 +103,18 @@ def traffic() -> "Iterator[list[Launch]]":
     """
     with _logged(install().SESSION.traffic) as log:
         yield log
+
+
+@contextmanager
+def reachable(*tensors: "torch.Tensor") -> Iterator[None]:
+    """Let the launches inside touch tensors that they find by address, in a table of pointers.
+
+    A stray address counts for no tensor, or for the neighbour that it hits: only its first and last element are guarded
+    by what lies around them.
+    """
+    with _logged(install().SESSION.reachable) as admitted:
+        admitted.extend(tensors)
+        yield
 
 
 @contextmanager

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from hylorada_kernels import column_norm, using
-from hylorada_kernels.testing import linear_inputs, reference_norm, relative_error
+from hylorada_kernels.ops.column_norm import column_norms
+from hylorada_kernels.testing import interpreter, linear_inputs, reference_norm, relative_error
 
 SHAPES = [(16, 64, 64), (5, 111, 100), (1, 53, 41), (70, 70, 45), (8, 1, 7), (8, 7, 1)]
 
@@ -97,3 +98,21 @@ def test_a_weight_that_requires_a_gradient_is_refused():
     weight, lora_a, lora_b = factors(3, 7, 5)
     with pytest.raises(ValueError, match=r"weight\.requires_grad_\(False\)"):
         column_norm(weight.requires_grad_(), lora_a, lora_b, scale=1.0)
+
+
+@pytest.mark.parametrize("rank", [3, 16])
+def test_several_layers_in_one_launch_are_what_each_gives_alone(backend, rank):
+    """The last has rows of 50, which are not aligned: it goes by itself."""
+    layers = [factors(rank, 64, 40), factors(rank, 48, 100, torch.bfloat16), factors(7, 128, 5), factors(rank, 50, 33)]
+    weights, lora_as, lora_bs = (list(kind) for kind in zip(*layers, strict=True))
+    scales = [0.7, 1.5, -1.0, 0.25]
+    with using(backend):
+        alone = [column_norm(*layer, scale=scale) for layer, scale in zip(layers, scales, strict=True)]
+        if backend == "eager":
+            together = column_norms(weights, lora_as, lora_bs, scales=scales)
+        else:
+            with interpreter.reachable(*weights, *lora_as, *lora_bs), interpreter.launches() as names:
+                together = column_norms(weights, lora_as, lora_bs, scales=scales)
+            assert sorted(names) == ["column_norm_kernel", "column_norms_kernel", "column_norms_kernel"]
+    for norm, expected in zip(together, alone, strict=True):
+        assert torch.equal(norm, expected)

@@ -1,5 +1,5 @@
 """The norm of each output row of an adapted weight, without building the adapted weight."""
 
-from .op import column_norm
+from .op import column_norm, column_norms
 
-__all__ = ["column_norm"]
+__all__ = ["column_norm", "column_norms"]

@@ -13,6 +13,9 @@ FINGERPRINT_BLOCK = 1024
 # most programs of a fingerprint: each of the norm's programs adds up all of their sums
 FINGERPRINT_PARTS = 128
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_ELEMENTS = {
+    torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16
+}  # fmt: skip
 
 
 @triton.jit
@@ -86,7 +89,7 @@ def column_norm_kernel(
 
 @triton.jit
 def column_norms_kernel(
-    table_ptr, scale_ptr, layers,
+    table_ptr, scale_ptr, norm_ptr, layers,
     WEIGHT_DTYPE: tl.constexpr, FACTOR_DTYPE: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -109,8 +112,7 @@ def column_norms_kernel(
         tl.load(row + 3).to(tl.pointer_type(FACTOR_DTYPE)),
         o_o, O, I, R, I, 1, I, 1, R, 1, tl.load(scale_ptr + layer), BLOCK_O, BLOCK_I, BLOCK_R,
     )  # fmt: skip
-    norm_ptr = tl.load(row + 4).to(tl.pointer_type(tl.float32))
-    tl.store(norm_ptr + o_o, tl.sqrt_rn(squares), mask=o_o < O)
+    tl.store(norm_ptr + tl.load(row + 4) + o_o, tl.sqrt_rn(squares), mask=o_o < O)
 
 
 @triton.jit
@@ -170,27 +172,31 @@ def forward(weight: Tensor, lora_a: Tensor, lora_b: Tensor, *, scale: float) -> 
 def forward_several(
     weights: list[Tensor], lora_as: list[Tensor], lora_bs: list[Tensor], *, scales: list[float]
 ) -> list[Tensor]:
-    """The norms of several layers in one launch for each pair of dtypes; tensors with gaps are launched one by one."""
-    norms = [torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device) for weight in weights]
-    groups: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
-    for layer, (weight, lora_a, lora_b) in enumerate(zip(weights, lora_as, lora_bs, strict=True)):
-        if _fits_table(weight, lora_a, lora_b):
-            groups.setdefault((weight.dtype, lora_a.dtype), []).append(layer)
-        else:
-            _launch(weight, lora_a, lora_b, norms[layer], None, None, None, scales[layer])
-    for (weight_dtype, factor_dtype), layers in groups.items():
-        rows, first = [], 0
-        for layer in layers:
-            weight, lora_a, lora_b = weights[layer], lora_as[layer], lora_bs[layer]
-            pointers = [tensor.data_ptr() for tensor in (weight, lora_a, lora_b, norms[layer])]
-            rows.append([first, *pointers, *weight.shape, lora_a.shape[0]])
-            first += programs(weight.shape[0])
-        device = norms[0].device
-        column_norms_kernel[(first,)](
-            torch.tensor(rows, dtype=torch.int64, device=device),
-            torch.tensor([scales[layer] for layer in layers], dtype=torch.float32, device=device),
-            len(layers),
-            WEIGHT_DTYPE=_element_type(weight_dtype), FACTOR_DTYPE=_element_type(factor_dtype),
+    """The norms of several layers in one launch for each pair of dtypes; tensors with gaps are launched one by one.
+
+    A row of the table: the layer's first program, the addresses of W, A and B, where its norms begin, O, I, R.
+    """
+    sizes = [weight.shape[0] for weight in weights]
+    every_norm = torch.empty(sum(sizes), dtype=torch.float32, device=weights[0].device)
+    norms = list(every_norm.split(sizes))
+    tables: dict[tuple[torch.dtype, torch.dtype], list[list[int]]] = {}
+    table_scales: dict[tuple[torch.dtype, torch.dtype], list[float]] = {}
+    for weight, lora_a, lora_b, norm, scale in zip(weights, lora_as, lora_bs, norms, scales, strict=True):
+        if not _fits_table(weight, lora_a, lora_b):
+            _launch(weight, lora_a, lora_b, norm, None, None, None, scale)
+            continue
+        key = weight.dtype, lora_a.dtype
+        table = tables.setdefault(key, [])
+        first = table[-1][0] + programs(table[-1][5]) if table else 0
+        addresses = [tensor.data_ptr() for tensor in (weight, lora_a, lora_b)]
+        table.append([first, *addresses, norm.storage_offset(), *weight.shape, lora_a.shape[0]])
+        table_scales.setdefault(key, []).append(scale)
+    for (weight_dtype, factor_dtype), table in tables.items():
+        column_norms_kernel[(table[-1][0] + programs(table[-1][5]),)](
+            torch.tensor(table, dtype=torch.int64, device=every_norm.device),
+            torch.tensor(table_scales[weight_dtype, factor_dtype], dtype=torch.float32, device=every_norm.device),
+            every_norm, len(table),
+            WEIGHT_DTYPE=_ELEMENTS[weight_dtype], FACTOR_DTYPE=_ELEMENTS[factor_dtype],
             **_tile(),
         )  # fmt: skip
     return norms
@@ -261,8 +267,3 @@ def _fits_table(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> bool:
     dense = all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in (weight, lora_a, lora_b))
     return dense and lora_a.dtype == lora_b.dtype and weight.shape[1] % 8 == 0 and weight.shape[0] > 0
 
-
-def _element_type(dtype: torch.dtype) -> tl.dtype:
-    return {
-        torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16
-    }[dtype]  # fmt: skip

@@ -1,5 +1,7 @@
 """Column norm: contract, checks, autograd."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,31 @@ def column_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, *, scale: float)
     """
     check_adapter(weight, lora_a, lora_b)
     return _ColumnNorm.apply(weight, lora_a, lora_b, float(scale), backend.choose(weight))
+
+
+@torch.no_grad()
+def column_norms(
+    weights: Sequence[Tensor], lora_as: Sequence[Tensor], lora_bs: Sequence[Tensor], *, scales: Sequence[float]
+) -> list[Tensor]:
+    """`column_norm` of several layers, without gradients; in Triton one launch for all of one dtype.
+
+    Layers whose tensors have gaps, or rows that are not a multiple of 8 long, are launched one by one.
+
+    Args:
+        weights, lora_as, lora_bs: one tensor a layer, as in `column_norm`, all on one device.   scales: one a layer.
+    """
+    layers = list(zip(weights, lora_as, lora_bs, scales, strict=True))
+    for weight, lora_a, lora_b, _ in layers:
+        check_adapter(weight, lora_a, lora_b)
+        if weight.device != weights[0].device:
+            raise ValueError(f"weights are on {weights[0].device} and {weight.device}; call once for each device")
+    choices = {backend.choose(weight) for weight in weights}
+    if choices == {"triton"} and all(backend.runs_directly(weight, "triton") for weight in weights):
+        return kernel.forward_several(
+            [layer[0] for layer in layers], [layer[1] for layer in layers], [layer[2] for layer in layers],
+            scales=[float(layer[3]) for layer in layers],
+        )  # fmt: skip
+    return [column_norm(weight, lora_a, lora_b, scale=scale) for weight, lora_a, lora_b, scale in layers]
 
 
 def check_adapter(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
