@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .norm_cache import NormCache
-from .ops.hybrid_linear.eager import adapted_weight
-from .ops.hybrid_linear.op import TOKEN_SCALE_TARGETS, hybrid_linear
+from .ops.hybrid_linear.op import TOKEN_SCALE_TARGETS, adapted_weight, hybrid_linear
 
 INITS = ("orthogonal", "kaiming")
 BLEND_INIT = 0.1
@@ -135,7 +134,7 @@ class HybridLinear(nn.Module):
         """diag(g) (W + s B A) in the weight's dtype and layout."""
         norm = None if self.magnitude is None else self._norm()
         merged = adapted_weight(
-            self._base(), self.lora_a, self.lora_b, self.magnitude, self.residual_weight, norm, scale=self.scale
+            self._base(), self.lora_a, self.lora_b, self.magnitude, self.residual_weight, scale=self.scale, norm=norm
         )
         return (merged.T if self.weight_is_transposed else merged).contiguous()
 

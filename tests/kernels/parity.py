@@ -1,5 +1,8 @@
 """Parity of hybrid_linear with the fp64 truth: what the tests of the op and of its mutants assert."""
 
+from contextlib import nullcontext
+
+import pytest
 import torch
 
 from hylorada_kernels import hybrid_linear, using
@@ -12,21 +15,34 @@ from hylorada_kernels.testing import (
     relative_error,
 )
 
-# a kernel rounds where the ideal result rounds; the eager path rounds a 16-bit product once more (sqrt 2), and its
-# gradients too
-FACTOR = {"eager": 2.0, "triton": 1.2}
+# for a test of the `backend` fixture that is about Triton alone
+in_triton = pytest.mark.parametrize(
+    "backend",
+    ["triton", *([pytest.param("triton-cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])],
+    indirect=True,
+)
+# a kernel rounds where the ideal result rounds; the eager path and the library's product round a 16-bit product once
+# more (sqrt 2), and their gradients too
+FACTOR = {"eager": 2.0, "library": 2.0, "fused": 1.2, "one_pass": 1.2}
 
 
-def run(given, backend, **options):
-    """Output and gradients of one forward and backward pass."""
+def run(given, backend, route="fused", **options):
+    """Output and gradients of one forward and backward pass; in Triton along one route of the forward."""
     leaves = given.requiring_grad()
-    with using(backend):
+    with using(backend), taking(route) if backend == "triton" else nullcontext():
         y = hybrid_linear(**leaves.arguments(), **options)
         y.backward(leaves.dy)
     return y.detach(), leaves.gradients()
 
 
-def assert_parity(given, backend, *, norm_grad=False, **options):
+def taking(route):
+    # only where Triton is
+    from hylorada_kernels.ops.hybrid_linear import dispatch
+
+    return dispatch.taking(route)
+
+
+def assert_parity(given, backend, *, route="fused", norm_grad=False, **options):
     """Forward and every gradient within the floor-relative budget of the fp64 truth."""
     dtype = given.x.dtype
     wide = given.map(torch.Tensor.double)
@@ -36,7 +52,7 @@ def assert_parity(given, backend, *, norm_grad=False, **options):
     true_gradients = leaves.gradients()
     ideal, ideal_gradients = ideal_linear(wide, dtype)
     amplitude, amplitudes = linear_amplitudes(wide, dtype)
-    y, gradients = run(given, backend, norm_grad=norm_grad, **options)
+    y, gradients = run(given, backend, route, norm_grad=norm_grad, **options)
     assert gradients.keys() == true_gradients.keys()
 
     results = {"y": (y, truth.detach(), ideal, amplitude)}
@@ -49,7 +65,7 @@ def assert_parity(given, backend, *, norm_grad=False, **options):
     (tokens, columns), (rows, rank) = given.x.reshape(-1, given.x.shape[-1]).shape, given.lora_b.shape
     for name, (result, true, _, size) in results.items():
         allowed = allowed_error(
-            max(floors[name], pooled), dtype, factor=FACTOR[backend],
+            max(floors[name], pooled), dtype, factor=FACTOR[route if backend == "triton" else backend],
             independent=min(result.numel(), rank * min(tokens, rows, columns)), length=tokens + rows + columns,
         )  # fmt: skip
         assert_within(name, result, true, allowed, size)

@@ -7,8 +7,9 @@ import torch
 from torch.nn import functional as F
 
 from hylorada_kernels import column_norm, hybrid_linear, using
-from hylorada_kernels.testing import linear_inputs
-from tests.kernels.parity import assert_parity, run
+from hylorada_kernels.ops.hybrid_linear.op import adapted_weight
+from hylorada_kernels.testing import linear_inputs, reference_linear, relative_error
+from tests.kernels.parity import assert_parity, in_triton, run, taking
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -82,6 +83,75 @@ def test_every_combination_of_parts_matches_the_truth(backend, flags, dtype):
     assert_parity(given, backend, save_output=False)
 
 
+@in_triton
+@pytest.mark.parametrize("route", ["one_pass", "library"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (5, 100, 70, 32)], ids=str)
+def test_the_other_routes_match_the_truth(backend, route, shape, dtype):
+    if route == "one_pass" and shape[3] > 32:
+        return
+    for target in ("output", "delta"):
+        given = linear_inputs(*shape, dtype=dtype, token_scale_target=target)
+        assert_parity(given, backend, route=route)
+        norm = column_norm(given.weight, given.lora_a, given.lora_b, scale=given.scale)
+        assert_parity(given, backend, route=route, norm=norm)
+
+
+@in_triton
+@pytest.mark.parametrize("route", ["one_pass", "library"])
+@pytest.mark.parametrize("flags", list(itertools.product([False, True], repeat=4)), ids=str)
+def test_every_combination_of_parts_matches_the_truth_on_the_other_routes(backend, route, flags):
+    magnitude, blend, bias, token_scale = flags
+    if blend and not magnitude:
+        return
+    given = linear_inputs(
+        29, 50, 37, 6, dtype=torch.bfloat16, magnitude=magnitude, blend=blend, bias=bias, token_scale=token_scale
+    )
+    assert_parity(given, backend, route=route)
+    given.weight = given.weight.T.contiguous().T
+    given.lora_a = given.lora_a.T.contiguous().T
+    assert_parity(given, backend, route=route, save_output=False)
+
+
+@in_triton
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(64, 64, 64, 16), (37, 104, 45, 5), (1, 8, 3, 40)], ids=str)
+def test_blocks_fetched_through_descriptors_match_the_truth(backend, shape, dtype, monkeypatch):
+    from hylorada_kernels.ops.hybrid_linear import dispatch, kernel
+
+    used = []
+    from_tensor = kernel.TensorDescriptor.from_tensor
+    monkeypatch.setattr(kernel.TensorDescriptor, "from_tensor", lambda *args: used.append(1) or from_tensor(*args))
+    monkeypatch.setattr(dispatch, "INTERPRETED", dispatch.INTERPRETED._replace(has_descriptors=True))
+    given = linear_inputs(*shape, dtype=dtype)
+    assert_parity(given, backend)
+    assert len(used) == 2
+    # a transposed weight has no dense rows: the pointers take over
+    given.weight = given.weight.T.contiguous().T
+    assert_parity(given, backend)
+    assert len(used) == 2
+
+
+@in_triton
+def test_every_route_leaves_the_same_norm_and_gain_behind(backend):
+    """What the backward is given does not depend on who made it."""
+    given = linear_inputs(20, 50, 37, 6)
+    gradients = [run(given, backend, route)[1] for route in ("fused", "library", "one_pass")]
+    for other in gradients[1:]:
+        for name, gradient in other.items():
+            torch.testing.assert_close(gradient, gradients[0][name], rtol=1e-5, atol=1e-5)
+
+
+@in_triton
+def test_one_pass_refuses_what_it_cannot_do(backend):
+    given = linear_inputs(5, 48, 40, 33)
+    with using(backend), taking("one_pass"):
+        with pytest.raises(ValueError, match="ranks up to 32 and no dropout, got rank 33"):
+            hybrid_linear(**given.arguments())
+        with pytest.raises(ValueError, match="got rank 33 with dropout"):
+            hybrid_linear(**given.arguments(), dropout_p=0.5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_layouts_do_not_matter(backend, dtype):
     given = linear_inputs((3, 11), 50, 37, 6, dtype=dtype)
@@ -109,6 +179,22 @@ def test_strides_of_vectors_do_not_matter(backend):
     assert all(torch.equal(strided_gradients[name], gradients[name]) for name in gradients)
     given.token_scale = torch.tensor([1.3]).expand(11)
     assert_parity(given, backend)
+
+
+@pytest.mark.parametrize("parts", [(True, True), (True, False), (False, False)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_adapted_weight_is_rounded_once(backend, dtype, parts):
+    magnitude, blend = parts
+    given = linear_inputs(3, 50, 37, 20, dtype=dtype, magnitude=magnitude, blend=blend, bias=False, token_scale=False)
+    wide = given.map(torch.Tensor.double)
+    wide.x = torch.eye(50, dtype=torch.float64, device=given.x.device)
+    truth = reference_linear(wide).T
+    for weight in (given.weight, given.weight.T.contiguous().T):
+        with using(backend):
+            merged = adapted_weight(weight, given.lora_a, given.lora_b, given.magnitude, given.blend, scale=given.scale)
+        assert merged.dtype == dtype and merged.is_contiguous()
+        floor = 2.0**-22 if dtype == torch.float32 else relative_error(truth.to(dtype), truth)
+        assert relative_error(merged, truth) <= 1.02 * floor
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -47,6 +47,16 @@ KERNEL = {
         "m_t, m_o = o_t < T, o_o < O\n    product",
         "m_t, m_o = o_t < T, o_o <= O\n    product",
     ),
+    "the one pass drops s": ("b_h = (h * scale)", "b_h = (h * 1.0)"),
+    "the one pass drops s in its norm": (
+        "b_w.to(tl.float32) + scale * update\n            squares",
+        "b_w.to(tl.float32) + update\n            squares",
+    ),
+    "the one pass loses its last features": (
+        "m_i = columns < I\n        # [BLOCK_T, BLOCK_I]",
+        "m_i = columns < I - 1\n        # [BLOCK_T, BLOCK_I]",
+    ),
+    "the epilogue drops the library's product": ("product += b_y.to(tl.float32)", "product += 0 * b_y.to(tl.float32)"),
     "only the first split counts": ("range(0, splits):\n                db", "range(0, 1):\n                db"),
 }
 
@@ -70,6 +80,9 @@ def mutant_of(module, text, replacement, folder: Path):
 def assert_all_parity(backend):
     for bias in (False, True):
         assert_parity(linear_inputs(150, 50, 37, 6, dtype=torch.float32, bias=bias), backend)
+    if backend == "triton":
+        for route in ("one_pass", "library"):
+            assert_parity(linear_inputs(20, 50, 37, 6, dtype=torch.float32), backend, route=route)
 
 
 @pytest.mark.parametrize("mutation", EAGER)

@@ -1,7 +1,8 @@
-"""Hybrid linear in Triton. See op.py for the contract.
+"""Hybrid linear in Triton. See op.py for the contract and dispatch.py for which kernels run.
 
-Forward: h = s drop(x) A^T, then one GEMM whose accumulator starts at h B^T, takes x W^T, and is scaled and shifted on
-its way out.
+Forward, "fused": h = s drop(x) A^T, then one product whose accumulator starts at h B^T, takes x W^T, and is scaled and
+shifted on its way out. "library": the large product is cuBLAS's, and h B^T, scale and shift are put onto it in place.
+"one_pass": all of it, and the norm if need be, in one kernel that streams W once.
 
 Backward, with P = p s (g dy) B:
     reduce    dB, dg and dbias in one pass over dy and y, split over tokens into fp32 partial sums
@@ -13,62 +14,19 @@ Partial sums are added in a fixed order: no atomics, the same bits in every run.
 division: dp_t = sum_i x_ti ((g dy) W)_ti + sum_r ((g dy) B)_tr h_tr.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .._tl import next_power_of_two, target_architecture, tile_of
+from .._tl import tile_of
 from ..column_norm import kernel as column_norm
+from . import dispatch
 
-# up to this rank the low-rank gradient P fits into the registers of the dx kernel
-FUSED_RANK = 32
 # z = (y - bias) / g is not read off y where g is below SMALL_GAIN or the bias above LARGE_BIAS times the row's scale
 SMALL_GAIN = tl.constexpr(2.0**-6)
 LARGE_BIAS = tl.constexpr(8.0)
-
-
-class Tile(NamedTuple):
-    """Edges of a program's tile (rows, columns, depth) and how it is compiled."""
-
-    rows: int
-    columns: int
-    depth: int
-    num_warps: int
-    num_stages: int
-
-    def options(self) -> dict[str, int | bool]:
-        """Launch options; fused multiply-add is pinned, as its default differs between releases of Triton."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
-
-
-def gemm_tile(dtype: torch.dtype) -> Tile:
-    """The tile of the large matrix products: the largest that compiles without spills for the GPU at hand."""
-    architecture = target_architecture()
-    if architecture is None:
-        return Tile(32, 32, 32, 4, 1)
-    if dtype == torch.float32:
-        return Tile(64, 64, 16, 4, 2)
-    if isinstance(architecture, str):
-        return Tile(128, 128, 64, 8, 2)
-    if architecture >= 100:
-        return Tile(64, 128, 64, 8, 3)
-    return Tile(128, 128, 64, 8, 3)
-
-
-def low_rank_tile(dtype: torch.dtype) -> Tile:
-    """The tile of the products with A and B: `rows` tokens (for dA, in-features) by up to `columns` ranks.
-
-    An fp32 product runs on plain multipliers, whose operands all stand in registers: small tiles.
-    """
-    architecture = target_architecture()
-    if architecture is None:
-        return Tile(32, 32, 32, 4, 1)
-    if dtype == torch.float32:
-        return Tile(64, 16, 16, 4, 2)
-    return Tile(128, 64, 64, 8, 2 if isinstance(architecture, str) else 3)
 
 
 @triton.jit
@@ -81,9 +39,10 @@ def _kept(seed, o_t, o_i, dropout_p):
 
 
 @triton.jit
-def _gain(magnitude_ptr, blend_ptr, norm_ptr, o_o, m_o, HAS_BLEND: tl.constexpr):
-    """m / n (1 for a zero row), beta, 1 / n (0 for a zero row): g = ratio + beta (1 - ratio)."""
-    norm = tl.load(norm_ptr + o_o, mask=m_o, other=1.0)
+def _gain(norm, magnitude_ptr, blend_ptr, o_o, m_o, HAS_BLEND: tl.constexpr):
+    """m / n (1 for a zero row), beta, 1 / n (0 for a zero row): g = ratio + beta (1 - ratio). norm: n or its place."""
+    if norm.dtype.is_ptr():
+        norm = tl.load(norm + o_o, mask=m_o, other=1.0)
     magnitude = tl.load(magnitude_ptr + o_o, mask=m_o, other=1.0).to(tl.float32)
     safe = tl.where(norm > 0.0, norm, 1.0)
     rate = tl.where(norm > 0.0, tl.div_rn(tl.full(norm.shape, 1.0, tl.float32), safe), 0.0)
@@ -174,13 +133,42 @@ def _base_product(
 
 
 @triton.jit
+def _base_product_of_descriptors(product, x_descriptor, weight_descriptor, first_t, first_o, I, BLOCK_I: tl.constexpr):
+    """product + x W^T for the tile that begins at first_t, first_o; what lies outside is read as 0."""
+    for i in range(0, I, BLOCK_I):
+        b_x = x_descriptor.load([first_t, i])
+        b_w = weight_descriptor.load([first_o, i])
+        product = tl.dot(b_x, tl.trans(b_w), product, input_precision="ieee")
+    return product
+
+
+@triton.jit
+def _store_blended(
+    product, norm, magnitude_ptr, blend_ptr, bias_ptr, token_scale_ptr, y_ptr, gain_ptr, o_t, o_o, m_t, m_o, O, pid_t,
+    HAS_MAGNITUDE: tl.constexpr, HAS_BLEND: tl.constexpr, HAS_BIAS: tl.constexpr, SCALES_OUTPUT: tl.constexpr,
+):  # fmt: skip
+    """y = p g product + bias; the first row of tiles stores g too."""
+    if HAS_MAGNITUDE:
+        ratio, beta, _ = _gain(norm, magnitude_ptr, blend_ptr, o_o, m_o, HAS_BLEND)
+        gain = ratio + beta * (1.0 - ratio)
+        product *= gain[None, :]
+        if pid_t == 0:
+            tl.store(gain_ptr + o_o, gain, mask=m_o)
+    if SCALES_OUTPUT:
+        product *= tl.load(token_scale_ptr + o_t, mask=m_t, other=0.0).to(tl.float32)[:, None]
+    if HAS_BIAS:
+        product += tl.load(bias_ptr + o_o, mask=m_o, other=0.0).to(tl.float32)[None, :]
+    tl.store(y_ptr + o_t[:, None].to(tl.int64) * O + o_o[None, :], product, mask=m_t[:, None] & m_o[None, :])
+
+
+@triton.jit
 def blended_gemm_kernel(
     x_ptr, weight_ptr, h_ptr, lora_b_ptr, magnitude_ptr, blend_ptr, norm_ptr, bias_ptr, token_scale_ptr,
     y_ptr, gain_ptr,
     T, I, O, R,
     stride_xt, stride_xi, stride_wo, stride_wi, stride_bo, stride_br,
     HAS_MAGNITUDE: tl.constexpr, HAS_BLEND: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SCALES_OUTPUT: tl.constexpr, SCALES_DELTA: tl.constexpr, EVEN_I: tl.constexpr,
+    SCALES_OUTPUT: tl.constexpr, SCALES_DELTA: tl.constexpr, EVEN_I: tl.constexpr, HAS_DESCRIPTORS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """y = p g (x W^T + h B^T) + bias, written straight from the fp32 accumulator"""
@@ -193,20 +181,144 @@ def blended_gemm_kernel(
     )
     if SCALES_DELTA:
         product *= tl.load(token_scale_ptr + o_t, mask=m_t, other=0.0).to(tl.float32)[:, None]
-    product = _base_product(
-        product, x_ptr, weight_ptr, o_t, o_o, T, O, I, stride_xt, stride_xi, stride_wo, stride_wi, BLOCK_I, EVEN_I
+    if HAS_DESCRIPTORS:
+        product = _base_product_of_descriptors(product, x_ptr, weight_ptr, pid_t * BLOCK_T, pid_o * BLOCK_O, I, BLOCK_I)
+    else:
+        product = _base_product(
+            product, x_ptr, weight_ptr, o_t, o_o, T, O, I, stride_xt, stride_xi, stride_wo, stride_wi, BLOCK_I, EVEN_I
+        )
+    _store_blended(
+        product, norm_ptr, magnitude_ptr, blend_ptr, bias_ptr, token_scale_ptr, y_ptr, gain_ptr,
+        o_t, o_o, m_t, m_o, O, pid_t, HAS_MAGNITUDE, HAS_BLEND, HAS_BIAS, SCALES_OUTPUT,
+    )  # fmt: skip
+
+
+@triton.jit
+def blend_epilogue_kernel(
+    h_ptr, lora_b_ptr, magnitude_ptr, blend_ptr, norm_ptr, bias_ptr, token_scale_ptr, y_ptr, gain_ptr,
+    T, O, R,
+    stride_bo, stride_br,
+    HAS_MAGNITUDE: tl.constexpr, HAS_BLEND: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SCALES_OUTPUT: tl.constexpr, SCALES_DELTA: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """y = p g (y + h B^T) + bias in place, on the product x W^T of a library"""
+    pid_t = tl.program_id(0)
+    o_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    m_t, m_o = o_t < T, o_o < O
+    product = _low_rank_product(
+        h_ptr, lora_b_ptr, o_t, o_o, m_t, m_o, R, stride_bo, stride_br, BLOCK_T, BLOCK_O, BLOCK_R
     )
-    if HAS_MAGNITUDE:
-        ratio, beta, _ = _gain(magnitude_ptr, blend_ptr, norm_ptr, o_o, m_o, HAS_BLEND)
-        gain = ratio + beta * (1.0 - ratio)
-        product *= gain[None, :]
-        if pid_t == 0:
-            tl.store(gain_ptr + o_o, gain, mask=m_o)
-    if SCALES_OUTPUT:
+    if SCALES_DELTA:
         product *= tl.load(token_scale_ptr + o_t, mask=m_t, other=0.0).to(tl.float32)[:, None]
-    if HAS_BIAS:
-        product += tl.load(bias_ptr + o_o, mask=m_o, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_ptr + o_t[:, None].to(tl.int64) * O + o_o[None, :], product, mask=m_t[:, None] & m_o[None, :])
+    # [BLOCK_T, BLOCK_O]
+    b_y = tl.load(y_ptr + o_t[:, None].to(tl.int64) * O + o_o[None, :], mask=m_t[:, None] & m_o[None, :], other=0.0)
+    product += b_y.to(tl.float32)
+    _store_blended(
+        product, norm_ptr, magnitude_ptr, blend_ptr, bias_ptr, token_scale_ptr, y_ptr, gain_ptr,
+        o_t, o_o, m_t, m_o, O, pid_t, HAS_MAGNITUDE, HAS_BLEND, HAS_BIAS, SCALES_OUTPUT,
+    )  # fmt: skip
+
+
+@triton.jit
+def one_pass_kernel(
+    x_ptr, weight_ptr, lora_a_ptr, lora_b_ptr, magnitude_ptr, blend_ptr, norm_ptr, bias_ptr, token_scale_ptr,
+    y_ptr, h_ptr, gain_ptr, own_norm_ptr,
+    T, I, O, R,
+    stride_xt, stride_xi, stride_wo, stride_wi, stride_ar, stride_ai, stride_bo, stride_br,
+    scale,
+    HAS_MAGNITUDE: tl.constexpr, HAS_BLEND: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SCALES_OUTPUT: tl.constexpr, SCALES_DELTA: tl.constexpr, MAKES_NORM: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """y = p g (x W^T + s x A^T B^T) + bias in one reading of W, with h, g and, where it is not given, n"""
+    pid_o, pid_t = tl.program_id(0), tl.program_id(1)
+    o_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_o = pid_o * BLOCK_O + tl.arange(0, BLOCK_O)
+    o_i = tl.arange(0, BLOCK_I)
+    o_r = tl.arange(0, BLOCK_R)
+    m_t, m_o, m_r = o_t < T, o_o < O, o_r < R
+    # [BLOCK_O, BLOCK_R]
+    b_b = tl.load(
+        lora_b_ptr + o_o[:, None].to(tl.int64) * stride_bo + o_r[None, :] * stride_br,
+        mask=m_o[:, None] & m_r[None, :], other=0.0,
+    )  # fmt: skip
+    product = tl.zeros((BLOCK_T, BLOCK_O), dtype=tl.float32)
+    h = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
+    squares = tl.zeros((BLOCK_O,), dtype=tl.float32)
+    for i in range(0, I, BLOCK_I):
+        columns = (i + o_i).to(tl.int64)
+        m_i = columns < I
+        # [BLOCK_T, BLOCK_I]
+        b_x = tl.load(
+            x_ptr + o_t[:, None].to(tl.int64) * stride_xt + columns[None, :] * stride_xi,
+            mask=m_t[:, None] & m_i[None, :], other=0.0,
+        )  # fmt: skip
+        # [BLOCK_O, BLOCK_I]
+        b_w = tl.load(
+            weight_ptr + o_o[:, None].to(tl.int64) * stride_wo + columns[None, :] * stride_wi,
+            mask=m_o[:, None] & m_i[None, :], other=0.0,
+        )  # fmt: skip
+        # [BLOCK_R, BLOCK_I]
+        b_a = tl.load(
+            lora_a_ptr + o_r[:, None].to(tl.int64) * stride_ar + columns[None, :] * stride_ai,
+            mask=m_r[:, None] & m_i[None, :], other=0.0,
+        )  # fmt: skip
+        product = tl.dot(b_x, tl.trans(b_w), product, input_precision="ieee")
+        h = tl.dot(b_x, tl.trans(b_a.to(b_x.dtype)), h, input_precision="ieee")
+        if MAKES_NORM:
+            update = tl.dot(b_b.to(tl.float32), b_a.to(tl.float32), input_precision="ieee")
+            adapted = b_w.to(tl.float32) + scale * update
+            squares += tl.sum(adapted * adapted, axis=1)
+    b_h = (h * scale).to(x_ptr.dtype.element_ty)
+    if pid_o == 0:
+        tl.store(h_ptr + o_t[:, None].to(tl.int64) * R + o_r[None, :], b_h, mask=m_t[:, None] & m_r[None, :])
+    update = tl.dot(b_h, tl.trans(b_b.to(b_h.dtype)), input_precision="ieee")
+    if SCALES_DELTA:
+        update *= tl.load(token_scale_ptr + o_t, mask=m_t, other=0.0).to(tl.float32)[:, None]
+    norm = norm_ptr
+    if MAKES_NORM:
+        norm = tl.sqrt_rn(squares)
+        if pid_t == 0:
+            tl.store(own_norm_ptr + o_o, norm, mask=m_o)
+    _store_blended(
+        product + update, norm, magnitude_ptr, blend_ptr, bias_ptr, token_scale_ptr, y_ptr, gain_ptr,
+        o_t, o_o, m_t, m_o, O, pid_t, HAS_MAGNITUDE, HAS_BLEND, HAS_BIAS, SCALES_OUTPUT,
+    )  # fmt: skip
+
+
+@triton.jit
+def merge_kernel(
+    weight_ptr, lora_a_ptr, lora_b_ptr, magnitude_ptr, blend_ptr, norm_ptr, merged_ptr,
+    O, I, R,
+    stride_wo, stride_wi, stride_ar, stride_ai, stride_bo, stride_br,
+    scale,
+    HAS_MAGNITUDE: tl.constexpr, HAS_BLEND: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """W' = g (W + s B A), rounded once"""
+    o_o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    o_i = (tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)).to(tl.int64)
+    o_r = tl.arange(0, BLOCK_R)
+    m_o, m_i = o_o < O, o_i < I
+    m_oi = m_o[:, None] & m_i[None, :]
+    # [BLOCK_O, BLOCK_I]
+    update = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
+    for r in range(0, R, BLOCK_R):
+        m_r = r + o_r < R
+        b_b = tl.load(
+            lora_b_ptr + o_o[:, None].to(tl.int64) * stride_bo + (r + o_r)[None, :] * stride_br,
+            mask=m_o[:, None] & m_r[None, :], other=0.0,
+        )  # fmt: skip
+        b_a = _lora_a_block(lora_a_ptr, r + o_r, o_i, R, m_i, stride_ar, stride_ai, tl.float32)
+        update = tl.dot(b_b.to(tl.float32), b_a, update, input_precision="ieee")
+    b_w = tl.load(weight_ptr + o_o[:, None].to(tl.int64) * stride_wo + o_i[None, :] * stride_wi, mask=m_oi, other=0.0)
+    adapted = b_w.to(tl.float32) + scale * update
+    if HAS_MAGNITUDE:
+        ratio, beta, _ = _gain(norm_ptr, magnitude_ptr, blend_ptr, o_o, m_o, HAS_BLEND)
+        adapted *= (ratio + beta * (1.0 - ratio))[:, None]
+    tl.store(merged_ptr + o_o[:, None].to(tl.int64) * I + o_i[None, :], adapted, mask=m_oi)
 
 
 @triton.jit
@@ -328,7 +440,7 @@ def backward_finish_kernel(
             dbias += tl.load(partial_dbias_ptr + split * O + o_o, mask=m_o, other=0.0)
         tl.store(dbias_ptr + o_o, dbias, mask=m_o)
     if NEEDS_GAIN:
-        ratio, beta, rate = _gain(magnitude_ptr, blend_ptr, norm_ptr, o_o, m_o, HAS_BLEND)
+        ratio, beta, rate = _gain(norm_ptr, magnitude_ptr, blend_ptr, o_o, m_o, HAS_BLEND)
         dg = tl.zeros((BLOCK_O,), dtype=tl.float32)
         lost = m_o
         if HAS_OUTPUT:
@@ -575,16 +687,41 @@ def forward(
     What is not needed, or was given, is empty.
     """
     (tokens, columns), rows, rank = x.shape, weight.shape[0], lora_a.shape[0]
-    y, h, nothing = x.new_empty(tokens, rows), x.new_empty(tokens, rank), x.new_empty(0)
+    route = dispatch.forward_route(
+        tokens, columns, rank, x.dtype,
+        knows_norm=magnitude is None or norm is not None, has_dropout=dropout_p > 0,
+    )  # fmt: skip
+    h, nothing = x.new_empty(tokens, rank), x.new_empty(0)
     gain = nothing if magnitude is None else x.new_empty(rows, dtype=torch.float32)
     seed = torch.randint(2**62, (1 if dropout_p else 0,), device=x.device, dtype=torch.int64)
     own_norm = nothing
     if magnitude is not None and norm is None:
-        norm = own_norm = column_norm.forward(weight, lora_a, lora_b, scale=scale)
+        if route == "one_pass" and tokens:
+            own_norm = x.new_empty(rows, dtype=torch.float32)
+        else:
+            norm = own_norm = column_norm.forward(weight, lora_a, lora_b, scale=scale)
     if not tokens or not rows:
+        return x.new_empty(tokens, rows), h, gain, own_norm, nothing, seed
+    y = x @ weight.T if route == "library" else x.new_empty(tokens, rows)
+    flags = {
+        "HAS_MAGNITUDE": magnitude is not None, "HAS_BLEND": blend is not None, "HAS_BIAS": bias is not None,
+        **_token_scale_flags(token_scale, token_scale_target),
+    }  # fmt: skip
+    if route == "one_pass":
+        tile = dispatch.one_pass_tile(tokens, x.dtype)
+        one_pass_kernel[(triton.cdiv(rows, tile.columns), triton.cdiv(tokens, tile.rows))](
+            x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale, y, h, gain, own_norm,
+            tokens, columns, rows, rank,
+            *x.stride(), *weight.stride(), *lora_a.stride(), *lora_b.stride(),
+            scale,
+            **flags, MAKES_NORM=own_norm.numel() > 0,
+            BLOCK_T=tile.rows, BLOCK_O=tile.columns, BLOCK_I=tile.depth,
+            BLOCK_R=max(16, triton.next_power_of_2(rank)),
+            **tile.options(),
+        )  # fmt: skip
         return y, h, gain, own_norm, nothing, seed
-    tile, thin = gemm_tile(x.dtype), low_rank_tile(x.dtype)
-    block_r = _rank_block(rank, thin)
+    tile, thin = dispatch.gemm_tile(x.dtype), dispatch.low_rank_tile(x.dtype)
+    block_r = dispatch.rank_block(rank, thin)
     lora_down_kernel[(triton.cdiv(tokens, thin.rows), triton.cdiv(rank, block_r))](
         x, lora_a, seed, h,
         tokens, columns, rank,
@@ -594,12 +731,24 @@ def forward(
         BLOCK_T=thin.rows, BLOCK_I=thin.depth, BLOCK_R=block_r,
         **thin.options(),
     )  # fmt: skip
+    if route == "library":
+        blend_epilogue_kernel[(triton.cdiv(tokens, thin.rows), triton.cdiv(rows, thin.depth))](
+            h, lora_b, magnitude, blend, norm, bias, token_scale, y, gain,
+            tokens, rows, rank,
+            *lora_b.stride(),
+            **flags,
+            BLOCK_T=thin.rows, BLOCK_O=thin.depth, BLOCK_R=block_r,
+            **thin.options(),
+        )  # fmt: skip
+        return y, h, gain, own_norm, nothing, seed
+    has_descriptors = dispatch.machine(x.dtype).has_descriptors and _fits_descriptor(x) and _fits_descriptor(weight)
     blended_gemm_kernel[(triton.cdiv(tokens, tile.rows) * triton.cdiv(rows, tile.columns),)](
-        x, weight, h, lora_b, magnitude, blend, norm, bias, token_scale, y, gain,
+        TensorDescriptor.from_tensor(x, [tile.rows, tile.depth]) if has_descriptors else x,
+        TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]) if has_descriptors else weight,
+        h, lora_b, magnitude, blend, norm, bias, token_scale, y, gain,
         tokens, columns, rows, rank,
         *x.stride(), *weight.stride(), *lora_b.stride(),
-        HAS_MAGNITUDE=magnitude is not None, HAS_BLEND=blend is not None, HAS_BIAS=bias is not None,
-        **_token_scale_flags(token_scale, token_scale_target), EVEN_I=columns % tile.depth == 0,
+        **flags, EVEN_I=columns % tile.depth == 0, HAS_DESCRIPTORS=has_descriptors,
         BLOCK_T=tile.rows, BLOCK_O=tile.columns, BLOCK_I=tile.depth, BLOCK_R=block_r, GROUP=8,
         **tile.options(),
     )  # fmt: skip
@@ -641,8 +790,8 @@ def backward(
         # without tokens or features only the bias can have a gradient
         return [*gradients[:6], dbias.add_(dy.sum(0)) if need_bias else dbias, dp]
     (tokens, columns), rows, rank = x.shape, weight.shape[0], lora_a.shape[0]
-    tile, thin = gemm_tile(x.dtype), low_rank_tile(x.dtype)
-    block_r = _rank_block(rank, thin)
+    tile, thin = dispatch.gemm_tile(x.dtype), dispatch.low_rank_tile(x.dtype)
+    block_r = dispatch.rank_block(rank, thin)
     flags = _token_scale_flags(token_scale, token_scale_target)
     scales_output, has_scale = flags["SCALES_OUTPUT"], token_scale is not None
 
@@ -654,7 +803,7 @@ def backward(
         )  # fmt: skip
 
     dh = x.new_empty(tokens, rank)
-    fuses = rank <= min(FUSED_RANK, block_r)
+    fuses = rank <= min(dispatch.FUSED_RANK, block_r)
     runs_dx = need_x or (need_p and scales_output)
     dx_parts = triton.cdiv(columns, tile.columns) if scales_output else 0
     rank_parts = 1 if fuses and runs_dx else triton.cdiv(rank, block_r)
@@ -700,13 +849,41 @@ def backward(
     return gradients
 
 
+def adapted_weight(
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    magnitude: Tensor | None,
+    blend: Tensor | None,
+    norm: Tensor | None,
+    *,
+    scale: float,
+) -> Tensor:
+    """See eager.adapted_weight."""
+    rows, columns = weight.shape
+    merged = torch.empty(rows, columns, dtype=weight.dtype, device=weight.device)
+    if not merged.numel():
+        return merged
+    block_o, block_i = 32, 64
+    merge_kernel[(triton.cdiv(rows, block_o), triton.cdiv(columns, block_i))](
+        weight, lora_a, lora_b, magnitude, blend, norm, merged,
+        rows, columns, lora_a.shape[0],
+        *weight.stride(), *lora_a.stride(), *lora_b.stride(),
+        scale,
+        HAS_MAGNITUDE=magnitude is not None, HAS_BLEND=blend is not None,
+        BLOCK_O=block_o, BLOCK_I=block_i, BLOCK_R=16,
+        num_warps=4, num_stages=3, enable_fp_fusion=True,
+    )  # fmt: skip
+    return merged
+
+
 def _column_gradients(
     dy, x, weight, lora_b, magnitude, blend, norm, bias, token_scale, h, gain, kept,
-    db, dm, dnorm, dbias, flags, need_b, need_gain, need_bias, thin,
+    db, dm, dnorm, dbias, flags, need_b, need_gain, need_bias, thin: dispatch.Tile,
 ) -> Tensor:  # fmt: skip
     """Fill dB, dm, dnorm and dbias; return the parts of dblend."""
     (tokens, rows), columns, rank = dy.shape, x.shape[1], h.shape[1]
-    block_o, block_r, depth = min(thin.rows // 2, 64), _rank_block(rank, thin), thin.depth
+    block_o, block_r, depth = min(thin.rows // 2, 64), dispatch.rank_block(rank, thin), thin.depth
     row_tiles, rank_tiles = triton.cdiv(rows, block_o), triton.cdiv(rank, block_r) if need_b else 1
     splits = _token_splits(tokens, row_tiles * rank_tiles, depth)
     tokens_per_split = triton.cdiv(triton.cdiv(tokens, splits), depth) * depth
@@ -747,13 +924,15 @@ def _column_gradients(
     return partial_dblend
 
 
-def _rank_block(rank: int, thin: Tile) -> int:
-    return next_power_of_two(rank, at_least=16, at_most=thin.columns)
-
-
 def _token_scale_flags(token_scale: Tensor | None, target: str) -> dict[str, bool]:
     given = token_scale is not None
     return {"SCALES_OUTPUT": given and target == "output", "SCALES_DELTA": given and target == "delta"}
+
+
+def _fits_descriptor(matrix: Tensor) -> bool:
+    """Whether the copy engine can fetch blocks of this matrix: dense rows that begin at multiples of 16 bytes."""
+    is_aligned = matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
+    return matrix.stride(1) == 1 and is_aligned and matrix.numel() > 0
 
 
 def _token_splits(tokens: int, tiles: int, block_t: int) -> int:

@@ -94,6 +94,28 @@ def hybrid_linear(
     return y if len(leading) == 1 else y.view(*leading, weight.shape[0])
 
 
+@torch.no_grad()
+def adapted_weight(
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    magnitude: Tensor | None = None,
+    blend: Tensor | None = None,
+    *,
+    scale: float,
+    norm: Tensor | None = None,
+) -> Tensor:
+    """diag(g) (W + s B A), (O, I) in weight's dtype, rounded once: the weight of a plain layer that does the same.
+
+    Arguments and errors are those of `hybrid_linear`; the bias stays what it was.
+    """
+    check_adapter(weight, lora_a, lora_b)
+    if magnitude is not None and norm is None:
+        norm = column_norm(weight, lora_a, lora_b, scale=scale)
+    implementation = _implementation(backend.choose(weight))
+    return implementation.adapted_weight(weight, lora_a, lora_b, magnitude, blend, norm, scale=scale)
+
+
 def _check(x, weight, lora_a, lora_b, magnitude, blend, bias, norm, token_scale, token_scale_target, dropout_p):
     check_adapter(weight, lora_a, lora_b)
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:

@@ -1,0 +1,43 @@
+"""The command line: `python -m hylorada_kernels tune`."""
+
+import argparse
+import sys
+
+import torch
+
+from . import backend
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0, or 1 with the reason on stderr."""
+    parser = argparse.ArgumentParser(prog="hylorada_kernels", description="Fused low-rank adapters.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("tune", help="measure on this GPU which kernels to use at which size, and keep the result")
+    parser.parse_args(arguments)
+    return _tune()
+
+
+def _tune() -> int:
+    if not backend.HAS_TRITON:
+        print("tune needs Triton: install triton", file=sys.stderr)
+        return 1
+    from . import tuning
+    from .ops.hybrid_linear import dispatch
+
+    try:
+        measurement = tuning.tune()
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 1
+    gpu = torch.cuda.get_device_name()
+    path = dispatch.tuning_file(gpu)
+    tuning.write(path, measurement, gpu)
+    print(f"{'in-features':>12}  fused / library")
+    for columns, ratio in measurement.ratios.items():
+        print(f"{columns:>12}  {ratio:.3f}")
+    print(f"fused up to {measurement.fused_up_to} in-features on {gpu}; written to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
