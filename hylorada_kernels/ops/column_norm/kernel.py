@@ -266,4 +266,3 @@ def _tile() -> dict[str, int | bool]:
 def _fits_table(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> bool:
     dense = all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in (weight, lora_a, lora_b))
     return dense and lora_a.dtype == lora_b.dtype and weight.shape[1] % 8 == 0 and weight.shape[0] > 0
-

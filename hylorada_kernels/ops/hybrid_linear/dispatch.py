@@ -131,9 +131,9 @@ def low_rank_tile(dtype: torch.dtype) -> Tile:
     return machine(dtype).low_rank
 
 
-def one_pass_tile(tokens: int, dtype: torch.dtype) -> Tile:
+def one_pass_tile(tokens: int, rank: int, dtype: torch.dtype) -> Tile:
     """Few columns a program: the weight's rows are shared out among many programs, each of which streams its own."""
-    rows = next_power_of_two(tokens, at_least=16, at_most=64)
+    rows = next_power_of_two(tokens, at_least=16, at_most=64 if rank <= 16 else 32)
     if target_architecture() is None:
         return Tile(min(rows, 32), 32, 32, 4, 1)
     if dtype == torch.float32:

@@ -708,7 +708,7 @@ def forward(
         **_token_scale_flags(token_scale, token_scale_target),
     }  # fmt: skip
     if route == "one_pass":
-        tile = dispatch.one_pass_tile(tokens, x.dtype)
+        tile = dispatch.one_pass_tile(tokens, rank, x.dtype)
         one_pass_kernel[(triton.cdiv(rows, tile.columns), triton.cdiv(tokens, tile.rows))](
             x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale, y, h, gain, own_norm,
             tokens, columns, rows, rank,
