@@ -1,13 +1,14 @@
 """The cached norm: one for each change of the factors, and never a stale one, however they are changed."""
 
 import copy
+import threading
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hylorada_kernels import HybridLinear, norm_cache, using
+from hylorada_kernels import HybridLinear, column_norm, norm_cache, using
 from hylorada_kernels.ops.column_norm import eager
 from hylorada_kernels.testing import interpreter
 
@@ -208,6 +209,26 @@ def test_checkpointing_and_accumulation_give_the_bits_of_an_uncached_run_with_on
     for name, parameter in layer.named_parameters():
         if parameter.requires_grad:
             assert torch.equal(parameter.grad, dict(fresh.named_parameters())[name].grad), name
+
+
+def test_threads_that_share_a_cache_get_their_own_norms():
+    weight = torch.randn(400, 300)
+    given = [(torch.randn(8, 300), torch.randn(400, 8)) for _ in range(4)]
+    cache, wrong = norm_cache.NormCache(), []
+
+    def use(lora_a, lora_b):
+        # in a new thread the choice is automatic: the eager path
+        expected = column_norm(weight, lora_a, lora_b, scale=1.0)
+        for _ in range(100):
+            if not torch.equal(cache.norm(weight, lora_a, lora_b, 1.0), expected):
+                wrong.append(threading.current_thread().name)
+
+    threads = [threading.Thread(target=use, args=factors) for factors in given]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
 
 
 def test_copies_do_not_share_a_norm():
