@@ -197,7 +197,7 @@ def forward_several(
             torch.tensor(table_scales[weight_dtype, factor_dtype], dtype=torch.float32, device=every_norm.device),
             every_norm, len(table),
             WEIGHT_DTYPE=_ELEMENTS[weight_dtype], FACTOR_DTYPE=_ELEMENTS[factor_dtype],
-            **_tile(),
+            **_tile(32),
         )  # fmt: skip
     return norms
 
@@ -253,13 +253,14 @@ def _launch(
         *weight.stride(), *lora_a.stride(), *lora_b.stride(),
         scale,
         GUARDED=partial is not None, PARTS=next_power_of_two(parts, at_least=1, at_most=FINGERPRINT_PARTS),
-        **_tile(),
+        # an address for each element takes registers
+        **_tile(64 if max(weight.stride()) * weight.element_size() % 16 == 0 else 32),
     )  # fmt: skip
 
 
-def _tile() -> dict[str, int | bool]:
+def _tile(block_i: int) -> dict[str, int | bool]:
     return {
-        "BLOCK_O": BLOCK_O, "BLOCK_I": 64, "BLOCK_R": 16, "num_warps": 4, "num_stages": 3, "enable_fp_fusion": True
+        "BLOCK_O": BLOCK_O, "BLOCK_I": block_i, "BLOCK_R": 16, "num_warps": 4, "num_stages": 3, "enable_fp_fusion": True
     }  # fmt: skip
 
 

@@ -61,11 +61,11 @@ _GEMM = Tile(128, 128, 64, 8, 3)
 _LOW_RANK = Tile(128, 64, 64, 8, 3)
 MACHINES: dict[int | str, Machine] = {
     80: Machine(2250, _GEMM, _LOW_RANK),
-    86: Machine(2950, _GEMM, _LOW_RANK),
-    89: Machine(2950, _GEMM, _LOW_RANK),
+    86: Machine(2950, Tile(128, 128, 32, 8, 3), _LOW_RANK),
+    89: Machine(2950, Tile(128, 128, 32, 8, 3), _LOW_RANK),
     90: Machine(7900, _GEMM, _LOW_RANK, has_descriptors=True),
-    100: Machine(7900, Tile(64, 128, 64, 8, 3), _LOW_RANK, has_descriptors=True),
-    120: Machine(2950, Tile(64, 128, 64, 8, 3), _LOW_RANK),
+    100: Machine(7900, Tile(64, 128, 64, 4, 3), _LOW_RANK, has_descriptors=True),
+    120: Machine(2950, Tile(64, 128, 32, 8, 3), _LOW_RANK),
     "gfx942": Machine(2250, Tile(128, 128, 64, 8, 2), Tile(128, 64, 64, 8, 2)),
 }
 # for a GPU that is not in the table
@@ -76,17 +76,22 @@ INTERPRETED = Machine(2**31, Tile(32, 32, 32, 4, 1), Tile(32, 32, 32, 4, 1))
 # better whenever it has more than a few tokens to work on
 _FP32 = Machine(0, Tile(64, 64, 16, 4, 2), Tile(64, 16, 16, 4, 2))
 
+# rows that do not begin at multiples of 16 bytes are loaded element by element, with a 64-bit address each
+_UNALIGNED_GEMM, _UNALIGNED_LOW_RANK = Tile(64, 64, 32, 4, 3), Tile(32, 32, 32, 4, 3)
+
 _forced: ContextVar[str | None] = ContextVar("hylorada_route", default=None)
 
 
-def machine(dtype: torch.dtype) -> Machine:
-    """What the next launch for activations of this dtype is tuned for."""
+def machine(dtype: torch.dtype, *, is_aligned: bool = True) -> Machine:
+    """What the next launch for activations of this dtype is tuned for. is_aligned: whether rows have 16-byte steps."""
     architecture = target_architecture()
     if architecture is None:
         return INTERPRETED
     if dtype == torch.float32:
         return _FP32
     known = MACHINES.get(architecture, UNKNOWN)
+    if not is_aligned:
+        known = known._replace(gemm=_UNALIGNED_GEMM, low_rank=_UNALIGNED_LOW_RANK, has_descriptors=False)
     measured = _measured_switch_over()
     return known if measured is None else known._replace(fused_up_to=measured)
 
@@ -121,24 +126,14 @@ def taking(route: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def gemm_tile(dtype: torch.dtype) -> Tile:
-    """The tile of the large matrix products: the largest that compiles without spills for the GPU at hand."""
-    return machine(dtype).gemm
-
-
-def low_rank_tile(dtype: torch.dtype) -> Tile:
-    """The tile of the products with A and B: `rows` tokens (for dA, in-features) by up to `columns` ranks."""
-    return machine(dtype).low_rank
-
-
-def one_pass_tile(tokens: int, rank: int, dtype: torch.dtype) -> Tile:
+def one_pass_tile(tokens: int, rank: int, dtype: torch.dtype, *, is_aligned: bool = True) -> Tile:
     """Few columns a program: the weight's rows are shared out among many programs, each of which streams its own."""
     rows = next_power_of_two(tokens, at_least=16, at_most=64 if rank <= 16 else 32)
     if target_architecture() is None:
         return Tile(min(rows, 32), 32, 32, 4, 1)
     if dtype == torch.float32:
         return Tile(min(rows, 32), 32, 16, 4, 2)
-    return Tile(rows, 32, 64, 4, 3)
+    return Tile(rows, 32, 64, 4, 3) if is_aligned else Tile(min(rows, 32), 32, 32, 4, 2)
 
 
 def rank_block(rank: int, thin: Tile) -> int:

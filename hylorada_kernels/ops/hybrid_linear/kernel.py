@@ -708,7 +708,7 @@ def forward(
         **_token_scale_flags(token_scale, token_scale_target),
     }  # fmt: skip
     if route == "one_pass":
-        tile = dispatch.one_pass_tile(tokens, rank, x.dtype)
+        tile = dispatch.one_pass_tile(tokens, rank, x.dtype, is_aligned=_are_aligned(x, weight))
         one_pass_kernel[(triton.cdiv(rows, tile.columns), triton.cdiv(tokens, tile.rows))](
             x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale, y, h, gain, own_norm,
             tokens, columns, rows, rank,
@@ -720,7 +720,8 @@ def forward(
             **tile.options(),
         )  # fmt: skip
         return y, h, gain, own_norm, nothing, seed
-    tile, thin = dispatch.gemm_tile(x.dtype), dispatch.low_rank_tile(x.dtype)
+    machine = dispatch.machine(x.dtype, is_aligned=_are_aligned(x, weight))
+    tile, thin = machine.gemm, machine.low_rank
     block_r = dispatch.rank_block(rank, thin)
     lora_down_kernel[(triton.cdiv(tokens, thin.rows), triton.cdiv(rank, block_r))](
         x, lora_a, seed, h,
@@ -741,7 +742,8 @@ def forward(
             **thin.options(),
         )  # fmt: skip
         return y, h, gain, own_norm, nothing, seed
-    has_descriptors = dispatch.machine(x.dtype).has_descriptors and _fits_descriptor(x) and _fits_descriptor(weight)
+    # the copy engine takes dense rows only
+    has_descriptors = machine.has_descriptors and x.stride(1) == weight.stride(1) == 1 and columns > 0
     blended_gemm_kernel[(triton.cdiv(tokens, tile.rows) * triton.cdiv(rows, tile.columns),)](
         TensorDescriptor.from_tensor(x, [tile.rows, tile.depth]) if has_descriptors else x,
         TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]) if has_descriptors else weight,
@@ -790,7 +792,8 @@ def backward(
         # without tokens or features only the bias can have a gradient
         return [*gradients[:6], dbias.add_(dy.sum(0)) if need_bias else dbias, dp]
     (tokens, columns), rows, rank = x.shape, weight.shape[0], lora_a.shape[0]
-    tile, thin = dispatch.gemm_tile(x.dtype), dispatch.low_rank_tile(x.dtype)
+    machine = dispatch.machine(x.dtype, is_aligned=_are_aligned(x, weight, dy))
+    tile, thin = machine.gemm, machine.low_rank
     block_r = dispatch.rank_block(rank, thin)
     flags = _token_scale_flags(token_scale, token_scale_target)
     scales_output, has_scale = flags["SCALES_OUTPUT"], token_scale is not None
@@ -929,10 +932,14 @@ def _token_scale_flags(token_scale: Tensor | None, target: str) -> dict[str, boo
     return {"SCALES_OUTPUT": given and target == "output", "SCALES_DELTA": given and target == "delta"}
 
 
-def _fits_descriptor(matrix: Tensor) -> bool:
-    """Whether the copy engine can fetch blocks of this matrix: dense rows that begin at multiples of 16 bytes."""
-    is_aligned = matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
-    return matrix.stride(1) == 1 and is_aligned and matrix.numel() > 0
+def _are_aligned(*matrices: Tensor) -> bool:
+    """Whether all rows (or columns, of a transposed one) begin at multiples of 16 bytes."""
+    return all(
+        matrix.data_ptr() % 16 == 0
+        and min(matrix.stride()) == 1
+        and max(matrix.stride()) * matrix.element_size() % 16 == 0
+        for matrix in matrices
+    )
 
 
 def _token_splits(tokens: int, tiles: int, block_t: int) -> int:

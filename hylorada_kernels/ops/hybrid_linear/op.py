@@ -1,5 +1,7 @@
 """Hybrid linear: contract, checks, autograd."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -87,7 +89,7 @@ def hybrid_linear(
     # flattened outside of the function: autograd forbids in-place edits of a function's output that is a view
     leading = x.shape[:-1]
     y = _HybridLinear.apply(
-        x.reshape(leading.numel(), x.shape[-1]), weight, lora_a, lora_b, magnitude, blend, norm, bias,
+        x.reshape(math.prod(leading), x.shape[-1]), weight, lora_a, lora_b, magnitude, blend, norm, bias,
         None if token_scale is None else token_scale.reshape(-1).contiguous(),
         float(scale), token_scale_target, float(dropout_p), save_output, backend.choose(x),
     )  # fmt: skip
