@@ -3,11 +3,12 @@ PYTHON ?= python3
 TORCH ?= torch
 PYTEST_ARGS ?= -n auto --maxprocesses 4
 DEMO_ARGS ?=
+AOT_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install lint test test-all test-kernels test-gpu demo bench clean FORCE
+.PHONY: install lint test test-all test-kernels test-gpu demo bench aot-report clean FORCE
 
 install: $(INSTALLED)
 
@@ -35,6 +36,9 @@ demo: $(INSTALLED)
 
 bench: test-kernels
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+aot-report: $(INSTALLED)
+	$(BIN)/python -m hylorada_kernels.testing.aot_report $(AOT_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -1,14 +1,21 @@
-"""The backends that kernel tests run on."""
+"""The backends that kernel tests run on; uninitialised memory is NaN there."""
 
 import pytest
 import torch
 
 from hylorada_kernels import backend as dispatch
 from hylorada_kernels import testing
+from hylorada_kernels.testing.poison import poisoned_empty
 
 BACKENDS = ["eager", "triton"]
 if torch.cuda.is_available():
     BACKENDS += [pytest.param(name, marks=pytest.mark.gpu) for name in ("eager-cuda", "triton-cuda")]
+
+
+@pytest.fixture(autouse=True)
+def nan_in_uninitialised_memory():
+    with poisoned_empty():
+        yield
 
 
 @pytest.fixture(params=BACKENDS)

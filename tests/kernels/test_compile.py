@@ -1,12 +1,16 @@
-"""Every kernel compiles ahead of time for real GPUs, without spills, within shared memory, without atomics."""
+"""Every kernel compiles ahead of time for real GPUs, without spills, within shared memory, without atomics.
 
-import functools
+The cases are those of `hylorada_kernels.testing.aot_report`.
+"""
+
+import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from hylorada_kernels import backend as dispatch
-from hylorada_kernels import hybrid_linear, testing, using
 
 if not dispatch.HAS_TRITON:
     pytest.skip("needs Triton", allow_module_level=True)
@@ -16,59 +20,152 @@ from hylorada_kernels.testing import interpreter
 if not interpreter.supported():
     pytest.skip(interpreter.requires_interpreter, allow_module_level=True)
 
-from hylorada_kernels.testing.aot import TARGETS, aot, inspect
+from hylorada_kernels.ops.hybrid_linear import op
+from hylorada_kernels.testing import aot_report
+from hylorada_kernels.testing._launch import bind, full_grid
+from hylorada_kernels.testing.aot import TARGETS, aot
+from hylorada_kernels.testing.aot_report import CASES, compiler, layer, measure, rows_of
+from tests.kernels.offsets import overflowing_addresses
+from tests.kernels.test_mutations import mutant_of
 
-DEFAULT_TARGETS = ("sm80", "sm90", "sm100")
-TARGET_PARAMS = [pytest.param(name, marks=() if name in DEFAULT_TARGETS else pytest.mark.slow) for name in TARGETS]
-CASES = {
-    "bf16 rank 16": (torch.bfloat16, 16),
-    "fp16 rank 16": (torch.float16, 16),
-    "bf16 rank 128": (torch.bfloat16, 128),
-    "fp32 rank 16": (torch.float32, 16),
-}
-# one matrix product each, and in 16 bits on the matrix units
-WITH_PRODUCTS = {
-    "lora_down_kernel", "blended_gemm_kernel", "backward_reduce_kernel", "backward_finish_kernel", "backward_dx_kernel",
-    "backward_da_kernel",
-}  # fmt: skip
-
-
-def compile_layer(target, dtype, rank, tokens=512, columns=1024, rows=1024):
-    """Forward and backward of one layer with every part, on tensors without data."""
-    testing.interpret()
-
-    def leaf(*shape, own=False, trained=True):
-        return torch.empty(shape, dtype=torch.float32 if own else dtype, device="meta", requires_grad=trained)
-
-    with aot(target) as compiled, using("triton"):
-        y = hybrid_linear(
-            leaf(tokens, columns), leaf(rows, columns, trained=False),
-            leaf(rank, columns, own=True), leaf(rows, rank, own=True), leaf(rows, own=True), leaf(1, own=True),
-            bias=leaf(rows), token_scale=leaf(tokens, own=True), scale=0.5, dropout_p=0.1,
-        )  # fmt: skip
-        y.backward(leaf(tokens, rows, trained=False))
-    return compiled
+BASELINE = Path(__file__).with_name("registers.json")
+EVERYDAY_TARGETS = ("sm80", "sm90", "sm100")
+EVERY_CASE = [
+    pytest.param(target, case, marks=[pytest.mark.slow] if slow or target not in EVERYDAY_TARGETS else [])
+    for target in TARGETS
+    for case, (_, slow) in CASES.items()
+]
 
 
-@functools.cache
-def reports(target, case):
-    return [(kernel.name, inspect(kernel.kernel, target)) for kernel in compile_layer(target, *CASES[case])]
-
-
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("target", TARGET_PARAMS)
+@pytest.mark.parametrize(("target", "case"), EVERY_CASE)
 def test_no_spills_and_no_atomics_within_shared_memory(target, case):
-    found = reports(target, case)
-    assert {name for name, _ in found} >= WITH_PRODUCTS | {"column_norm_kernel"}
-    for name, report in found:
-        assert (report.spill_stores, report.spill_loads, report.stack_bytes) == (0, 0, 0), name
-        assert report.shared_bytes <= report.shared_limit, name
-        assert not report.global_atomics, name
+    for row in rows_of(case, target):
+        assert spilled(row.report) == (0, 0, 0), (row.kernel, row.report)
+        assert row.report.shared_bytes <= row.report.shared_limit, row.report
+        assert not row.report.global_atomics, row.report
 
 
-@pytest.mark.parametrize("case", [case for case, (dtype, _) in CASES.items() if dtype != torch.float32])
-@pytest.mark.parametrize("target", TARGET_PARAMS)
+def spilled(report):
+    return report.spill_stores, report.spill_loads, report.stack_bytes
+
+
+@pytest.mark.parametrize(("target", "case"), EVERY_CASE)
 def test_16_bit_products_run_on_matrix_units(target, case):
-    for name, report in reports(target, case):
-        # the norm is a product of fp32 factors: NVIDIA has no matrix units for that
-        assert report.matrix_instructions or name == "column_norm_kernel", name
+    for row in rows_of(case, target):
+        assert row.report.matrix_instructions or not has_16_bit_product(row), row.kernel
+
+
+def has_16_bit_product(row):
+    return re.search(r"tt\.dot .*: tensor<\w+(?:xbf16|xf16)> \*", row.ttir) is not None
+
+
+def test_the_products_of_a_layer_are_those_of_16_bits():
+    assert {row.kernel for row in rows_of("bf16 r16", "sm90") if has_16_bit_product(row)} == {
+        "lora_down_kernel", "blended_gemm_kernel", "backward_reduce_kernel", "backward_finish_kernel",
+        "backward_dx_kernel", "backward_da_kernel",
+    }  # fmt: skip
+    assert not any(has_16_bit_product(row) for row in rows_of("fp32 r16", "sm90"))
+
+
+@pytest.mark.parametrize(("target", "case"), EVERY_CASE)
+def test_registers_stay_within_the_baseline(target, case):
+    baseline = aot_report.read_baseline(BASELINE)
+    if compiler() not in baseline:
+        pytest.skip(f"the baseline is for {', '.join(baseline)}, not for {compiler()}")
+    problems = aot_report.against_baseline(rows_of(case, target), baseline)
+    assert not problems, "\n".join(problems)
+
+
+def test_the_baseline_notices_a_rise_a_new_kernel_and_a_lost_one(tmp_path):
+    rows = rows_of("bf16 r16", "sm90")
+    path = tmp_path / "registers.json"
+    path.write_text(json.dumps({"Triton 0.0": {}, compiler(): {"sm90": {"no such case": {"a": 1}}}}))
+    aot_report.update_baseline(path, {("sm90", "bf16 r16"): rows})
+    baseline = aot_report.read_baseline(path)
+    assert baseline.keys() == {"Triton 0.0", compiler()} and baseline[compiler()]["sm90"].keys() == {"bf16 r16"}
+    kept = baseline[compiler()]["sm90"]["bf16 r16"]
+    assert aot_report.against_baseline(rows, baseline) == []
+
+    kept["lora_down_kernel"] -= aot_report.SLACK
+    assert aot_report.against_baseline(rows, baseline) == []
+    kept["lora_down_kernel"] -= 1
+    kept["gone_kernel"] = kept.pop("backward_da_kernel")
+    problems = aot_report.against_baseline(rows, baseline)
+    new, lost, risen = problems
+    assert new.startswith("backward_da_kernel, bf16 r16 on sm90: not in the baseline")
+    assert lost.startswith("gone_kernel, bf16 r16 on sm90: in the baseline but not launched")
+    assert risen.startswith(f"lora_down_kernel, bf16 r16 on sm90: {kept['lora_down_kernel'] + 9} registers, the base")
+    assert all("make aot-report AOT_ARGS=--update" in problem for problem in problems)
+
+
+def test_the_report_is_a_table_and_fails_on_a_rise(tmp_path, capsys):
+    path = tmp_path / "registers.json"
+    command = ["--targets", "sm90", "--cases", "bf16 r16", "--baseline", str(path)]
+    assert aot_report.main(command) == 0
+    shown = capsys.readouterr()
+    assert "| lora_down | bf16 r16 | sm90 |" in shown.out and "HGMMA" in shown.out
+    assert f"no baseline for {compiler()}" in shown.err
+    assert aot_report.main([*command, "--update"]) == aot_report.main(command) == 0
+    path.write_text(re.sub(r'("lora_down_kernel"): \d+', r"\1: 16", path.read_text()))
+    assert aot_report.main(command) == 1
+    assert "lora_down_kernel, bf16 r16 on sm90" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rank", [1, pytest.param(7, marks=pytest.mark.slow), 17, 33, 100, 384, 1024])
+def test_any_rank_compiles_without_spills(rank):
+    for launch in aot_report.compile_case(layer(torch.bfloat16, rank), "sm90"):
+        report, _ = measure(launch.kernel, "sm90")
+        assert spilled(report) == (0, 0, 0), launch.name
+        assert report.shared_bytes <= report.shared_limit, launch.name
+
+
+# of the first each of x, W and y has 2^32 elements, of the second x, y and h
+HUGE = {"square": (2**16, 2**16, 2**16, 16), "long": (2**22, 2**10, 2**10, 2**10)}
+
+
+def overflows(tokens, columns, rows, rank):
+    """The addresses that a 32-bit integer may be too small for, by kernel, of one layer on tensors without data."""
+    found = {}
+
+    def compile_and_follow(compile_launch):
+        def compiled(run, kernel, args, kwargs, grid):
+            result = compile_launch(run, kernel, args, kwargs, grid)
+            arguments = bind(kernel, args, kwargs)
+            integers = {name: value for name, value in arguments.items() if isinstance(value, int)}
+            ttir = str(launches[-1].kernel.asm["ttir"])
+            if bad := overflowing_addresses(ttir, integers, full_grid(grid, arguments)):
+                found.setdefault(launches[-1].name, []).extend(bad)
+            return result
+
+        return compiled
+
+    case = layer(torch.bfloat16, rank, tokens=tokens, columns=columns, rows=rows)
+    with aot("sm90") as launches, dispatch.using("triton"):
+        session = interpreter.install().SESSION
+        session.compile = compile_and_follow(session.compile)
+        case.run()
+    return found
+
+
+@pytest.mark.parametrize("shape", HUGE)
+def test_addresses_in_huge_tensors_do_not_overflow(shape):
+    assert overflows(*HUGE[shape]) == {}
+
+
+# name: (text of the kernels, what stands there in the mutant, a kernel where that overflows)
+NARROW = {
+    "rows of x": (".to(tl.int64) * stride_xt", " * stride_xt", "lora_down_kernel"),
+    "rows of W": (".to(tl.int64) * stride_wo", " * stride_wo", "backward_dx_kernel"),
+    "rows of y, widened too late": (
+        "o_t[:, None].to(tl.int64) * O",
+        "(o_t[:, None] * O).to(tl.int64)",
+        "backward_reduce_kernel",
+    ),
+}
+
+
+@pytest.mark.parametrize("mutation", NARROW)
+def test_a_narrow_offset_is_noticed(mutation, monkeypatch, tmp_path):
+    text, replacement, kernel = NARROW[mutation]
+    monkeypatch.setattr(op, "kernel", mutant_of(op.kernel, text, replacement, tmp_path))
+    assert kernel in overflows(*HUGE["square"])
