@@ -1,8 +1,14 @@
 """One adapted layer, forward and backward on the CPU, beside the installed PEFT's LoRA and DoRA and the frozen layer.
 
-A and B are edited before every round, as an optimizer would, so a norm from an earlier round cannot be used. The
-outputs are compared before anything is timed. Ratios are medians over rounds in which every contender ran once.
+    pytest benchmarks/bench_hybrid_linear.py -k kept_norm --results benchmarks/results
+
+(likewise new_norm, where A and B change before every round; memory; compiled).
+Outputs and gradients are compared with PEFT DoRA's before anything is timed. Ratios are medians over rounds in which
+every contender ran once. Adapters are fp32, as PEFT makes them, beside a base of either precision; bf16 tables also
+show PEFT LoRA with its adapters cast down, which is faster and less accurate.
 """
+
+import statistics
 
 import peft
 import pytest
@@ -10,31 +16,66 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from benchmarks.paired import median_ratio, paired_times
-from benchmarks.shapes import FIRST_LIGHT
+from benchmarks.memory import MIB, peak_bytes, saved_bytes
+from benchmarks.paired import median_ratio
+from benchmarks.shapes import LAYERS
 from hylorada_kernels import HybridLinear
+from hylorada_kernels.testing import relative_error
 
-RANK, ALPHA = 8, 16.0
+ALPHA = 16.0
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# norm-wise, of results that two implementations round in their own ways
+AGREEMENT = {"fp32": 1e-5, "bf16": 1e-2}
+SECONDS_PER_CASE = 7.0
 
 
-def peft_layer(linear: nn.Linear, *, use_dora: bool) -> nn.Module:
+def peft_layer(linear: nn.Linear, rank: int, *, use_dora: bool) -> nn.Module:
     """PEFT's own adapted layer around a copy of `linear`'s weight, with a B that is not 0."""
     holder = nn.ModuleDict({"layer": nn.Linear(linear.in_features, linear.out_features, bias=False)})
     holder["layer"].weight = nn.Parameter(linear.weight.detach().clone())
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["layer"], use_dora=use_dora, lora_dropout=0.0)
+    config = LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=["layer"], use_dora=use_dora, lora_dropout=0.0)
     layer = peft.inject_adapter_in_model(config, holder)["layer"]
     nn.init.normal_(layer.lora_B["default"].weight, std=0.01)
     return layer
 
 
-def our_layer(linear: nn.Linear, peft_dora: nn.Module, *, use_blend: bool) -> HybridLinear:
-    """Our layer with the factors and the magnitude of PEFT's."""
-    layer = HybridLinear.from_linear(linear, RANK, ALPHA, use_rslora=False, use_blend=use_blend)
+def our_layer(peft_dora: nn.Module, rank: int) -> HybridLinear:
+    """Our layer with the weight, the factors and the magnitude of PEFT's; its blend is there, and shut."""
+    base = peft_dora.base_layer
+    linear = nn.Linear(base.in_features, base.out_features, bias=False)
+    linear.weight = nn.Parameter(base.weight.detach().clone())
+    layer = HybridLinear.from_linear(linear, rank, ALPHA, use_rslora=False)
     with torch.no_grad():
         layer.lora_a.copy_(peft_dora.lora_A["default"].weight)
         layer.lora_b.copy_(peft_dora.lora_B["default"].weight)
         layer.magnitude.copy_(peft_dora.lora_magnitude_vector["default"].weight)
+        layer.residual_weight.fill_(-40.0)
     return layer
+
+
+def contenders(shape: tuple[int, int, int], dtype: str, rank: int) -> dict[str, nn.Module]:
+    _, columns, rows = shape
+    torch.manual_seed(0)
+    linear = nn.Linear(columns, rows, bias=False)
+    peft_dora = peft_layer(linear, rank, use_dora=True)
+    layers = {
+        "frozen": nn.Linear(columns, rows, bias=False).requires_grad_(False),
+        "peft lora": peft_layer(linear, rank, use_dora=False),
+        "peft dora": peft_dora,
+        "hylorada": our_layer(peft_dora, rank),
+    }
+    for layer in layers.values():
+        base = getattr(layer, "base_layer", layer)
+        base.weight.data = base.weight.data.to(DTYPES[dtype])
+    if dtype == "bf16":
+        layers["peft lora in bf16"] = peft_layer(linear, rank, use_dora=False).to(torch.bfloat16)
+    return layers
+
+
+def inputs(shape: tuple[int, int, int], dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens, columns, rows = shape
+    x = torch.randn(tokens, columns, dtype=DTYPES[dtype], requires_grad=True)
+    return x, torch.randn(tokens, rows, dtype=DTYPES[dtype])
 
 
 def factors(layer: nn.Module) -> list[nn.Parameter]:
@@ -45,52 +86,95 @@ def factors(layer: nn.Module) -> list[nn.Parameter]:
     return []
 
 
-def training_step(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor):
-    """Edit A and B, run forward and backward."""
-    edited = factors(layer)
-    parameters = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+def magnitude(layer: nn.Module) -> nn.Parameter:
+    return layer.magnitude if isinstance(layer, HybridLinear) else layer.lora_magnitude_vector["default"].weight
 
+
+def assert_agreement(layers: dict[str, nn.Module], x: torch.Tensor, dy: torch.Tensor, dtype: str) -> None:
+    """Our output and gradients are PEFT DoRA's."""
+    results = []
+    for name in ("hylorada", "peft dora"):
+        layer = layers[name]
+        y = layer(x)
+        leaves = [x, *factors(layer), magnitude(layer)]
+        results.append([y, *torch.autograd.grad(y, leaves, dy)])
+    for name, ours, theirs in zip(("y", "dx", "dA", "dB", "dm"), *results, strict=True):
+        error = relative_error(ours, theirs.double())
+        assert error <= AGREEMENT[dtype], f"{name} differs from PEFT DoRA's by {error:.1e}"
+
+
+def training_step(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor, *, edit: bool, run=None):
+    """Forward and backward; `edit` changes A and B before, there and back, as an optimizer would."""
+    edited = factors(layer) if edit else []
+    leaves = [x, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
     nudge = [1.001]
+    run = layer if run is None else run
 
     def step() -> None:
-        # their contents change, there and back
         with torch.no_grad():
             for factor in edited:
                 factor.mul_(nudge[0])
         nudge[0] = 1 / nudge[0]
-        for leaf in (x, *parameters):
+        for leaf in leaves:
             leaf.grad = None
-        layer(x).backward(dy)
+        run(x).backward(dy)
 
     return step
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("shape", FIRST_LIGHT, ids=str)
-def test_layer_beside_peft(benchmark, record_ratio, shape, dtype):
-    tokens, columns, rows = shape
-    torch.manual_seed(0)
-    linear = nn.Linear(columns, rows, bias=False)
-    x, dy = torch.randn(tokens, columns, dtype=dtype, requires_grad=True), torch.randn(tokens, rows, dtype=dtype)
-    peft_dora = peft_layer(linear, use_dora=True)
-    layers = {
-        "frozen": nn.Linear(columns, rows, bias=False).requires_grad_(False),
-        "peft lora": peft_layer(linear, use_dora=False),
-        "peft dora": peft_dora,
-        "hylorada": our_layer(linear, peft_dora, use_blend=True),
+def ratios(times: dict[str, list[float]]) -> dict[str, float]:
+    values = {
+        "hylorada, ms": 1e3 * statistics.median(times["hylorada"]),
+        "hylorada / peft lora": median_ratio(times, "hylorada", "peft lora"),
+        "peft dora / hylorada": median_ratio(times, "peft dora", "hylorada"),
+        "hylorada / frozen": median_ratio(times, "hylorada", "frozen"),
     }
-    if dtype == torch.float32:
-        expected = peft_dora(x.detach())
-        torch.testing.assert_close(our_layer(linear, peft_dora, use_blend=False)(x.detach()), expected)
-    for layer in layers.values():
-        base = getattr(layer, "base_layer", layer)
-        base.weight.data = base.weight.data.to(dtype)
+    if "peft lora in bf16" in times:
+        values["hylorada / peft lora in bf16"] = median_ratio(times, "hylorada", "peft lora in bf16")
+    return values
 
-    steps = {name: training_step(layer, x, dy) for name, layer in layers.items()}
-    rounds = 3 if benchmark.disabled else min(60, max(12, int(2e10 / (tokens * columns * rows))))
-    times = paired_times(steps, rounds=rounds)
-    group = str(dtype).removeprefix("torch.")
-    record_ratio(group, "hylorada / peft lora", median_ratio(times, "hylorada", "peft lora"))
-    record_ratio(group, "peft dora / hylorada", median_ratio(times, "peft dora", "hylorada"))
-    record_ratio(group, "hylorada / frozen", median_ratio(times, "hylorada", "frozen"))
-    benchmark.pedantic(steps["hylorada"], rounds=5, warmup_rounds=1)
+
+@pytest.mark.parametrize("shape", LAYERS, ids=str)
+@pytest.mark.parametrize("rank", [8, 64])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", ["kept_norm", "new_norm"])
+def test_layer(benchmark, record, paired, norm, dtype, rank, shape):
+    layers = contenders(shape, dtype, rank)
+    x, dy = inputs(shape, dtype)
+    assert_agreement(layers, x, dy, dtype)
+    steps = {name: training_step(layer, x, dy, edit=norm == "new_norm") for name, layer in layers.items()}
+    values = ratios(paired(steps, SECONDS_PER_CASE))
+    record(f"layer {norm}", {"dtype": dtype, "rank": rank, "tokens, in, out": str(shape)}, values)
+    benchmark.pedantic(steps["hylorada"], rounds=3)
+
+
+@pytest.mark.parametrize("shape", LAYERS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layer_memory(benchmark, record, dtype, shape):
+    layers = contenders(shape, dtype, 8)
+    x, dy = inputs(shape, dtype)
+    values = {}
+    for name, layer in layers.items():
+        # the norm cache is filled once per optimizer step
+        layer(x)
+        own, with_output = saved_bytes(lambda layer=layer: layer(x), [x, *layer.parameters()])
+        peak = peak_bytes(lambda layer=layer: layer(x).backward(dy))
+        values |= {f"{name}: saved": own / MIB, f"{name}: with y": with_output / MIB, f"{name}: peak": peak / MIB}
+        x.grad = None
+    record("layer memory in MiB", {"dtype": dtype, "tokens, in, out": str(shape)}, values)
+    benchmark.pedantic(layers["hylorada"], (x,))
+
+
+@pytest.mark.parametrize("shape", [(512, 576, 1536), (512, 2048, 2048)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layer_compiled(benchmark, record, paired, dtype, shape):
+    layers = contenders(shape, dtype, 8)
+    x, dy = inputs(shape, dtype)
+    assert_agreement(layers, x, dy, dtype)
+    names = ["frozen", "peft lora", "peft dora", "hylorada"]
+    steps = {name: training_step(layers[name], x, dy, edit=False, run=torch.compile(layers[name])) for name in names}
+    steps["hylorada, not compiled"] = training_step(layers["hylorada"], x, dy, edit=False)
+    times = paired(steps, SECONDS_PER_CASE)
+    values = ratios(times) | {"hylorada / not compiled": median_ratio(times, "hylorada", "hylorada, not compiled")}
+    record("layer compiled", {"dtype": dtype, "tokens, in, out": str(shape)}, values)
+    benchmark.pedantic(steps["hylorada"], rounds=3)

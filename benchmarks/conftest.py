@@ -1,27 +1,94 @@
-"""Collects the ratios that benchmarks measure and prints their geometric means."""
+"""Collects what the benchmarks measure into tables, prints them at the end and writes them with --results."""
 
+import json
 from collections import defaultdict
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks.paired import geometric_mean
+from benchmarks.paired import geometric_mean, paired_times
+from hylorada.provenance import provenance
 
-_ratios: dict[tuple[str, str], list[float]] = defaultdict(list)
+Row = dict[str, Any]
+_tables: dict[str, list[Row]] = defaultdict(list)
+_groups: dict[str, list[str]] = {}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--results", type=Path, metavar="DIRECTORY", help="write every table there, as JSON and Markdown")
 
 
 @pytest.fixture
-def record_ratio(benchmark):
-    """record_ratio(group, name, value): keep a ratio in the benchmark's JSON and in the closing table."""
+def record(benchmark):
+    """record(table, case, values): keep a row. Values whose names have a " / " are ratios: they get geometric means.
 
-    def record(group: str, name: str, value: float) -> None:
-        benchmark.extra_info[name] = round(value, 4)
-        _ratios[group, name].append(value)
+    The last entry of `case` tells apart the rows that a mean is taken over.
+    """
+
+    def record(table: str, case: Row, values: dict[str, float]) -> None:
+        values = {name: round(value, 4) for name, value in values.items()}
+        benchmark.extra_info.update(values)
+        _tables[table].append({**case, **values})
+        _groups[table] = list(case)[:-1]
 
     return record
 
 
-def pytest_terminal_summary(terminalreporter):
-    if _ratios:
-        terminalreporter.section("geometric means of paired ratios")
-    for (group, name), values in _ratios.items():
-        terminalreporter.write_line(f"{group}: {name} = {geometric_mean(values):.3f} over {len(values)} shapes")
+@pytest.fixture
+def paired(benchmark):
+    """paired(contenders, seconds): `paired_times`; a single round where the benchmarks are only tried out."""
+
+    def paired(contenders, seconds: float, **bounds):
+        if benchmark.disabled:
+            seconds, bounds = 0, {"fewest": 1, "warmup": 1}
+        return paired_times(contenders, seconds=seconds, **bounds)
+
+    return paired
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    directory = config.getoption("--results")
+    for table, rows in _tables.items():
+        means = _geometric_means(rows, _groups[table])
+        text = _markdown(rows + means)
+        terminalreporter.section(table)
+        terminalreporter.write(text)
+        if directory is not None:
+            _write(directory, table, rows, means, text)
+
+
+def _geometric_means(rows: list[Row], keys: list[str]) -> list[Row]:
+    groups: dict[tuple, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[tuple(row[key] for key in keys)].append(row)
+    means = []
+    for values, members in groups.items():
+        ratios = {name: [row[name] for row in members] for name in members[0] if " / " in name}
+        if ratios and len(members) > 1:
+            mean = {name: round(geometric_mean(column), 4) for name, column in ratios.items()}
+            means.append(dict(zip(keys, values, strict=True)) | {"geometric mean of": len(members)} | mean)
+    return means
+
+
+def _markdown(rows: list[Row]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [names, ["---"] * len(names)]
+    lines += [[_cell(row[name]) if name in row else "" for name in names] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _write(directory: Path, table: str, rows: list[Row], means: list[Row], text: str) -> None:
+    facts = provenance()
+    machine, versions = facts["machine"], facts["versions"]
+    used = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    origin = f"{machine['cpu']}, {machine['threads']} threads; {used}; commit {facts['commit']}; `{facts['command']}`"
+    directory.mkdir(parents=True, exist_ok=True)
+    name = table.replace(" ", "_").replace(",", "")
+    content = {**facts, "rows": rows, "geometric means": means}
+    (directory / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (directory / f"{name}.md").write_text(f"# {table}\n\n{origin}\n\n{text}", encoding="utf-8")

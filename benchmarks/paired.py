@@ -5,30 +5,42 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 
 def paired_times(
-    contenders: dict[str, Callable[[], None]], *, rounds: int, warmup: int = 3, seed: int = 0
+    contenders: dict[str, Callable[[], None]], *, seconds: float, fewest: int = 12, most: int = 200, warmup: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds of each call, by name; entry i of every list comes from the same round."""
-    order = random.Random(seed)
+    """Seconds of each call, by name; entry i of every list comes from the same round, whose order is random.
+
+    After `warmup` rounds there are as many as fit into `seconds`, but at least `fewest` and at most `most`.
+    """
+    order = random.Random(0)
     names = list(contenders)
     times: dict[str, list[float]] = {name: [] for name in names}
     gc.collect()
     gc.disable()
     try:
-        for turn in range(warmup + rounds):
+        for _ in range(warmup):
+            begun = time.perf_counter()
+            _one_round(contenders, names)
+        rounds = min(most, max(fewest, int(seconds / (time.perf_counter() - begun))))
+        for _ in range(rounds):
             order.shuffle(names)
-            for name in names:
-                start = time.perf_counter()
-                contenders[name]()
-                elapsed = time.perf_counter() - start
-                if turn >= warmup:
-                    times[name].append(elapsed)
+            for name, elapsed in _one_round(contenders, names).items():
+                times[name].append(elapsed)
     finally:
         gc.enable()
     return times
+
+
+def _one_round(contenders: dict[str, Callable[[], None]], names: list[str]) -> dict[str, float]:
+    elapsed = {}
+    for name in names:
+        start = time.perf_counter()
+        contenders[name]()
+        elapsed[name] = time.perf_counter() - start
+    return elapsed
 
 
 def median_ratio(times: dict[str, list[float]], numerator: str, denominator: str) -> float:
@@ -36,6 +48,6 @@ def median_ratio(times: dict[str, list[float]], numerator: str, denominator: str
     return statistics.median(a / b for a, b in zip(times[numerator], times[denominator], strict=True))
 
 
-def geometric_mean(values: list[float]) -> float:
+def geometric_mean(values: Iterable[float]) -> float:
     """exp of the mean logarithm."""
     return math.exp(statistics.fmean(math.log(value) for value in values))

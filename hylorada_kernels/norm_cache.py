@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import backend
-from .ops.column_norm import column_norm
+from .ops.column_norm import column_norm, eager
 
 if backend.HAS_TRITON:
     from .ops.column_norm import kernel
@@ -50,6 +50,8 @@ class NormCache:
 
     def __init__(self) -> None:
         self._kept: list[Tensor] = []
+        self._layout: tuple = ()
+        self._step = 1
 
     def norm(self, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
         """The norm, (O,) fp32 (fp64 for an fp64 weight), a tensor of the caller's own. See `column_norm`."""
@@ -57,21 +59,25 @@ class NormCache:
             choice = backend.choose(weight)
             if not _can_keep(weight, lora_a, lora_b, choice):
                 return column_norm(weight, lora_a, lora_b, scale=scale)
-            like = _layout(weight, lora_a, lora_b, choice)
-            if [_signature(tensor) for tensor in self._kept] != like:
-                self._kept = _zeros(like, weight.device)
+            layout = (
+                choice, weight.device, weight.dtype, weight.shape, lora_a.dtype, lora_a.shape, lora_b.dtype,
+                lora_b.shape,
+            )  # fmt: skip
+            if not self._kept or self._layout != layout:
+                self._layout, self._step = layout, _sample_step(weight)
+                self._kept = _new_state(weight, lora_a, lora_b, choice, self._step)
             run = _norm if backend.runs_directly(weight, choice) else _norm_op
-            return run(self._kept, weight, lora_a, lora_b, scale, choice)
+            return run(self._kept, weight, lora_a, lora_b, scale, choice, self._step)
 
     def invalidate(self) -> None:
         """Forget the norm: needed after a few elements of the frozen weight were edited behind autograd's back."""
         if self._kept:
-            # the key or the fingerprint: nothing fits 0
+            # the fingerprint or the key
             self._kept[-1].zero_()
 
     def __getstate__(self) -> dict:
-        # another process must not write into these
-        return {"_kept": []}
+        # another process must not write into what is kept here
+        return {"_kept": [], "_layout": (), "_step": 1}
 
 
 def _can_keep(weight: Tensor, lora_a: Tensor, lora_b: Tensor, choice: str) -> bool:
@@ -79,68 +85,69 @@ def _can_keep(weight: Tensor, lora_a: Tensor, lora_b: Tensor, choice: str) -> bo
     return plain and not torch.compiler.is_exporting() and (choice == "triton" or weight.is_cpu)
 
 
-def _signature(tensor: Tensor) -> tuple:
-    return tuple(tensor.shape), tensor.dtype, tensor.device
-
-
-def _layout(weight: Tensor, lora_a: Tensor, lora_b: Tensor, choice: str) -> list[tuple]:
-    """Shapes, dtypes and devices of what is kept: the norm first."""
-    device, rows = weight.device, weight.shape[0]
-    norm = ((rows,), torch.promote_types(weight.dtype, torch.float32), device)
-    if choice == "triton":
-        return [norm, ((kernel.programs(rows),), torch.int64, device)]
-    samples = ((_samples(weight)[0],), weight.dtype, device)
-    return [norm, _signature(lora_a), _signature(lora_b), samples, ((KEY_LENGTH,), torch.int64, device)]
-
-
-def _zeros(layout: list[tuple], device: torch.device) -> list[Tensor]:
+def _new_state(weight: Tensor, lora_a: Tensor, lora_b: Tensor, choice: str, step: int) -> list[Tensor]:
+    """What is kept: the norm first; last the fingerprint or a key, to which nothing fits while they are 0."""
+    rows = weight.shape[0]
     # tensors made in inference mode could never be written to outside of it
     with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
-        return [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, _ in layout]
+        norm = weight.new_zeros(rows, dtype=torch.promote_types(weight.dtype, torch.float32))
+        if choice == "triton":
+            return [norm, weight.new_zeros(kernel.programs(rows), dtype=torch.int64)]
+        copies = [torch.zeros_like(factor, memory_format=torch.contiguous_format) for factor in (lora_a, lora_b)]
+        samples = weight.new_zeros(-(-weight.numel() // step))
+        key = weight.new_zeros(KEY_LENGTH, dtype=torch.int64)
+        return [norm, torch.zeros_like(norm), *copies, samples, key]
 
 
-def _norm(kept: list[Tensor], weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, choice: str) -> Tensor:
+def _norm(
+    kept: list[Tensor], weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, choice: str, step: int
+) -> Tensor:
     if choice == "triton":
-        samples, step = _samples(weight)
+        samples = -(-weight.numel() // step)
         norm = kernel.guarded(kept, weight, lora_a, lora_b, scale=scale, samples=samples, sample_step=step)
     else:
-        norm = _compared(kept, weight, lora_a, lora_b, scale)
+        norm = _compared(kept, weight, lora_a, lora_b, scale, step)
     if _verifying.get():
         _verify(norm, weight, lora_a, lora_b, scale)
     return norm
 
 
 @torch.library.custom_op("hylorada::kept_column_norm", mutates_args=("kept",))
-def _norm_op(kept: list[Tensor], weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, choice: str) -> Tensor:
-    return _norm(kept, weight, lora_a, lora_b, scale, choice)
+def _norm_op(
+    kept: list[Tensor], weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, choice: str, step: int
+) -> Tensor:
+    return _norm(kept, weight, lora_a, lora_b, scale, choice, step)
 
 
 @_norm_op.register_fake
-def _(kept, weight, lora_a, lora_b, scale, choice):
+def _(kept, weight, lora_a, lora_b, scale, choice, step):
     return torch.empty_like(kept[0])
 
 
-def _compared(kept: list[Tensor], weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-    """The kept norm where A, B, s and the sampled weight are what they were; else a new one, kept with copies."""
-    norm, kept_a, kept_b, kept_sample, kept_key = kept
-    sample, key = _sample(weight), _key(weight, scale)
+def _compared(kept: list[Tensor], weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, step: int) -> Tensor:
+    """The kept norm where A, B, s and the sampled weight are what they were; else a new one, kept with copies.
+
+    The norms of the weight alone are kept too: of most new norms they are the half that has not changed.
+    """
+    norm, base, kept_a, kept_b, kept_sample, kept_key = kept
+    sample, key = _sample(weight, step), _key(weight, scale)
     with _lock:
+        is_same_weight = kept_key.tolist() == key and torch.equal(kept_sample, sample)
         # torch.equal calls two NaN different: a broken layer is computed anew each time, which is harmless
-        if (
-            kept_key.tolist() == key
-            and torch.equal(kept_a, lora_a)
-            and torch.equal(kept_b, lora_b)
-            and torch.equal(kept_sample, sample)
-        ):
+        if is_same_weight and torch.equal(kept_a, lora_a) and torch.equal(kept_b, lora_b):
             return norm.clone()
         # an interrupt on the way leaves a key that fits nothing
         kept_key.zero_()
-        norm.copy_(column_norm(weight.detach(), lora_a, lora_b, scale=scale))
+        fresh, fresh_base = eager.norm_and_base(
+            weight.detach(), lora_a, lora_b, scale=scale, base=base if is_same_weight else None
+        )
+        norm.copy_(fresh)
+        base.copy_(fresh_base)
         kept_a.copy_(lora_a)
         kept_b.copy_(lora_b)
         kept_sample.copy_(sample)
         kept_key.copy_(torch.tensor(key))
-        return norm.clone()
+        return fresh
 
 
 def _key(weight: Tensor, scale: float) -> list[int]:
@@ -150,19 +157,19 @@ def _key(weight: Tensor, scale: float) -> list[int]:
     return [1, weight.data_ptr(), version, scale_bits, weight.shape[1], *weight.stride()]
 
 
-def _samples(weight: Tensor) -> tuple[int, int]:
-    """How many elements of the weight are looked at, and the step between them in reading order."""
+def _sample_step(weight: Tensor) -> int:
+    """The distance between two elements of the sample, in reading order."""
     step = max(1, weight.numel() // WEIGHT_SAMPLES)
     # a step that shares a factor with a row's length would visit some columns only
     while math.gcd(step, max(weight.numel(), 1)) > 1:
         step += 1
-    return -(-weight.numel() // step), step
+    return step
 
 
-def _sample(weight: Tensor) -> Tensor:
+def _sample(weight: Tensor, step: int) -> Tensor:
     """Elements of the weight, spread evenly over its rows and columns; a view of one without gaps."""
     rows = weight.detach() if weight.is_contiguous() else weight.detach().T
-    return rows.reshape(-1)[:: _samples(weight)[1]]
+    return rows.reshape(-1)[::step]
 
 
 def _verify(norm: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> None:

@@ -115,4 +115,5 @@ def test_several_layers_in_one_launch_are_what_each_gives_alone(backend, rank):
                 together = column_norms(weights, lora_as, lora_bs, scales=scales)
             assert sorted(names) == ["column_norm_kernel", "column_norms_kernel", "column_norms_kernel"]
     for norm, expected in zip(together, alone, strict=True):
-        assert torch.equal(norm, expected)
+        # the sums are cut at other places
+        torch.testing.assert_close(norm, expected, rtol=2.0**-21, atol=0)

@@ -15,10 +15,13 @@ from tests.kernels.parity import assert_parity
 
 # name: (text of the implementation, what stands there in the mutant)
 EAGER = {
-    "s is dropped": ("factor = (scale * lora_b)", "factor = lora_b"),
-    "s is dropped in the backward": ("row_scale = scale * gain[:, None]", "row_scale = gain[:, None]"),
+    "s is dropped": ("low = _scaled_product(h, factor, scale)", "low = _scaled_product(h, factor, 1.0)"),
+    "s is dropped in the backward": (
+        "dx = _scaled_product(dh, lora_a.to(x.dtype), scale)",
+        "dx = dh @ lora_a.to(x.dtype)",
+    ),
     "g is dropped in dx": ("dx.addmm_(dz, weight)", "dx.addmm_(dy, weight)"),
-    "g is dropped in dB": ("(weighted_h.T @ dy).T * row_scale", "(weighted_h.T @ dy).T * scale"),
+    "g is dropped in dB": ("_scaled_product(weighted_h.T, dz, scale)", "_scaled_product(weighted_h.T, dy, scale)"),
     "the bias is scaled": ("else scaled.add_(bias)", "else scaled.add_(bias * gain)"),
     "the blend is upside down": (
         "torch.lerp(ratio, torch.ones_like(ratio)",
@@ -26,7 +29,7 @@ EAGER = {
     ),
     "the position scale is dropped in dA": ("scaled_dh = dh if p_input is None else dh * p_input", "scaled_dh = dh"),
     "the norm is stale": ("lora_b, scale=scale)\n    product", "0 * lora_b, scale=scale)\n    product"),
-    "dm misses the blend": ("dm = dg * rate * (1 - beta)", "dm = dg * rate"),
+    "dm misses the blend": ("        dm *= 1 - beta\n", ""),
 }
 KERNEL = {
     "s is dropped": ("    h *= scale\n", ""),

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from hylorada_kernels import HybridLinear, using
-from hylorada_kernels.testing import relative_error
+from hylorada_kernels.testing import interpreter, relative_error
+from tests.kernels.parity import in_triton
 
 FLAGS = list(itertools.product([False, True], repeat=3))
 
@@ -166,20 +167,14 @@ def test_it_compiles_as_one_graph_and_equals_eager():
         torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
-def test_a_compiled_layer_follows_the_choice_of_backend(monkeypatch):
-    from hylorada_kernels.ops.hybrid_linear import op
-
+@in_triton
+def test_a_compiled_layer_follows_the_choice_of_backend(backend):
     layer = HybridLinear.from_linear(linear("biased")).requires_grad_(False)
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
-    seen = []
-    implementation = op._implementation
-    monkeypatch.setattr(op, "_implementation", lambda choice: seen.append(choice) or implementation("eager"))
-    monkeypatch.setattr(op.backend, "why_not_triton", lambda x: None)
-    monkeypatch.setattr("hylorada_kernels.ops.column_norm.op._forward", lambda *args: layer.magnitude.clone())
-    for choice in ("eager", "triton", "eager"):
-        with using(choice):
+    for choice in ("eager", backend, "eager"):
+        with using(choice), interpreter.launches() as names:
             compiled(torch.randn(3, 50))
-    assert seen == ["eager", "triton", "eager"]
+        assert bool(names) == (choice == "triton")
 
 
 def test_both_backends_train_to_the_same_adapter(backend):

@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor
 
-from .._thin import thin_product
-
 # below this share of ||W||^2 the expansion may have lost a digit to cancellation; above it n^2 is at least a 17th of
 # the sum of its terms' sizes, whatever B A is. In practice no row ever is
 CANCELLATION = 0.3
@@ -13,24 +11,35 @@ CHUNK_ELEMENTS = 1 << 18
 
 
 def forward(weight: Tensor, lora_a: Tensor, lora_b: Tensor, *, scale: float) -> Tensor:
+    """See `norm_and_base`."""
+    return norm_and_base(weight, lora_a, lora_b, scale=scale)[0]
+
+
+def norm_and_base(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, *, scale: float, base: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """n^2 = ||W||^2 + 2 s <W, B A> + s^2 ||B A||^2 from W A^T (O, R) and A A^T (R, R); rows that cancel are redone.
 
-    Low-precision weights are widened a few rows at a time: a bf16 GEMM would leave an error of 5e-5.
+    Low-precision weights are widened a few rows at a time: a bf16 GEMM would leave an error of 5e-5. The base is
+    ||W||^2, (O,): who has it from an earlier call saves a reading of W.
     """
     dtype = accumulation_dtype(weight)
     a, b = lora_a.to(dtype), lora_b.to(dtype)
-    base = weight.new_empty(weight.shape[0], dtype=dtype)
     products = weight.new_empty(weight.shape[0], a.shape[0], dtype=dtype)
+    is_known = base is not None
+    squares = base if base is not None else weight.new_empty(weight.shape[0], dtype=dtype)
     for rows in _row_chunks(weight, dtype):
         wide = weight[rows].to(dtype)
-        torch.linalg.vector_norm(wide, dim=1, out=base[rows])
-        products[rows] = thin_product(wide, a)
-    base.square_()
-    squared = (torch.addmm(products, b, a @ a.T, beta=2 * scale, alpha=scale**2) * b).sum(1).add_(base)
-    cancelled = squared < CANCELLATION * base
+        if not is_known:
+            torch.linalg.vector_norm(wide, dim=1, out=squares[rows])
+        torch.mm(wide, a.T, out=products[rows])
+    if not is_known:
+        squares.square_()
+    squared = (torch.addmm(products, b, a @ a.T, beta=2 * scale, alpha=scale**2) * b).sum(1).add_(squares)
+    cancelled = squared < CANCELLATION * squares
     if cancelled.any():
         squared[cancelled] = (weight[cancelled].to(dtype) + scale * (b[cancelled] @ a)).square().sum(1)
-    return squared.sqrt_()
+    return squared.sqrt_(), squares
 
 
 def backward(

@@ -1,18 +1,22 @@
 """Hybrid linear in PyTorch, any device and dtype, with a hand-written backward. See op.py for the contract.
 
-The low-rank product is laid down first and the large GEMM adds onto it, so that a 16-bit sum is rounded once. A
-position scale of the whole output is applied to x, in which y is linear: it then costs T x I, and its gradient is a
-row sum of dx * x.
+The low-rank product is laid down first and the large GEMM adds onto it, so that a 16-bit sum is rounded once. With
+dz = g dy the backward is LoRA's. A position scale of the whole output is applied to x, in which y is linear: it then
+costs T x I, and its gradient is a row sum of dx * x.
 """
+
+import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from .._thin import thin_product
 from ..column_norm import eager as column_norm
 
 # below this gain the product z = y / g has lost its digits: it is computed again for those columns
 SMALL_GAIN = 2.0**-6
+# the product h^T dz is faster than dz^T h, but has to be turned over into dB: that pays above this many tokens per rank
+FEW_TOKENS_PER_RANK = 16
 
 
 def forward(
@@ -40,7 +44,7 @@ def forward(
     if p_input is not None:
         x = x * p_input
     thinned, mask = torch.native_dropout(x, dropout_p, True) if dropout_p else (x, x.new_empty(0, dtype=torch.bool))
-    h = thin_product(thinned, lora_a.to(x.dtype))
+    h = F.linear(thinned, lora_a.to(x.dtype))
     if magnitude is None:
         return _product(x, weight, h, lora_b, scale, p_delta, bias), h, nothing, nothing, nothing, mask
     own_norm = nothing
@@ -80,43 +84,45 @@ def backward(
     again.
     """
     need_x, need_a, need_b, need_m, need_blend, need_norm, need_bias, need_p = needs
-    dx, da, db, dm, dblend, dnorm, dbias, dp = [x.new_empty(0)] * 8
+    nothing = x.new_empty(0)
+    dx = da = db = dm = dblend = dnorm = dbias = dp = nothing
     p_input, p_delta = _split_token_scale(token_scale, token_scale_target, x.dtype)
     dy = dy.contiguous()
-    row_scale = scale * gain[:, None] if magnitude is not None else scale
+    dz = dy if magnitude is None else _scale_columns(dy, gain)
 
     if need_x or need_a or need_p:
-        # B with s and g folded in: dy meets the low-rank path unscaled
-        dh = thin_product(dy, (row_scale * lora_b).to(x.dtype).T)
+        dh = dz @ lora_b.to(x.dtype)
         if need_p and p_delta is not None:
-            dp = (dh * h).sum(1, dtype=token_scale.dtype)
+            dp = scale * (dh * h).sum(1, dtype=token_scale.dtype)
         if p_delta is not None:
             dh *= p_delta
         if need_a:
             scaled_dh = dh if p_input is None else dh * p_input
             thinned = x * mask * (1 / (1 - dropout_p)) if dropout_p else x
-            da = (scaled_dh.T @ thinned).to(lora_a.dtype)
+            da = _scaled_product(scaled_dh.T, thinned, scale).to(lora_a.dtype)
         if need_x or (need_p and p_input is not None):
-            dx = dh @ lora_a.to(x.dtype)
+            dx = _scaled_product(dh, lora_a.to(x.dtype), scale)
             if dropout_p:
                 dx *= mask * (1 / (1 - dropout_p))
-            dz = dy if magnitude is None else _scale_columns(dy, gain, None, in_place=False)
             dx.addmm_(dz, weight)
         if p_input is not None:
             if need_p:
                 dp = (dx * x).sum(1, dtype=token_scale.dtype)
-            dx = dx.mul_(p_input) if need_x else x.new_empty(0)
+            dx = dx.mul_(p_input) if need_x else nothing
     if need_b:
         weighted_h = h if p_delta is None else h * p_delta
-        db = ((weighted_h.T @ dy).T * row_scale).to(lora_b.dtype).contiguous()
+        if h.shape[0] > FEW_TOKENS_PER_RANK * h.shape[1]:
+            db = _scaled_product(weighted_h.T, dz, scale).to(lora_b.dtype).T.contiguous()
+        else:
+            db = _scaled_product(dz.T, weighted_h, scale).to(lora_b.dtype)
     if need_m or need_blend or need_norm:
         shifted_x = x if p_input is None else x * p_input
-        dg, dbias = _gain_gradient(dy, kept, shifted_x, weight, h, lora_b, scale, p_delta, gain, bias)
-        dm, dblend, dnorm = _gain_input_gradients(dg, magnitude, blend, norm)
+        dg, dbias = _gain_gradient(dy, kept, shifted_x, weight, h, lora_b, scale, p_delta, gain, bias, need_bias)
+        dm, dblend, dnorm = _gain_input_gradients(dg, magnitude, blend, norm, need_norm)
     if need_bias:
         dbias = (dbias if dbias.numel() else dy.sum(0)).to(bias.dtype)
     gradients = [dx, da, db, dm, dblend, dnorm, dbias, dp]
-    return [gradient if needed else x.new_empty(0) for gradient, needed in zip(gradients, needs, strict=True)]
+    return [gradient if needed else nothing for gradient, needed in zip(gradients, needs, strict=True)]
 
 
 def row_gain(magnitude: Tensor, blend: Tensor | None, norm: Tensor) -> Tensor:
@@ -124,10 +130,10 @@ def row_gain(magnitude: Tensor, blend: Tensor | None, norm: Tensor) -> Tensor:
 
     A zero row takes the ratio 1: its output is 0 whatever the gain.
     """
-    ratio = torch.where(norm > 0, magnitude.to(norm.dtype) / norm, 1)
+    ratio = (magnitude.to(norm.dtype) / norm).masked_fill_(norm == 0, 1)
     if blend is None:
         return ratio
-    return torch.lerp(ratio, torch.ones_like(ratio), blend.to(norm.dtype).sigmoid().reshape(()))
+    return torch.lerp(ratio, torch.ones_like(ratio), blend.to(norm.dtype).sigmoid())
 
 
 def adapted_weight(
@@ -149,18 +155,20 @@ def adapted_weight(
 
 
 def _gain_input_gradients(
-    dg: Tensor, magnitude: Tensor, blend: Tensor | None, norm: Tensor
+    dg: Tensor, magnitude: Tensor, blend: Tensor | None, norm: Tensor, need_norm: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dm = dg (1 - beta) / n, dblend = sum dg (1 - m / n) beta (1 - beta), dn = -dm m / n."""
-    rate = torch.where(norm > 0, 1 / norm, 0)
-    ratio = magnitude.to(norm.dtype) * rate
-    if blend is None:
-        dm = dg * rate
-        return dm.to(magnitude.dtype), dg.new_empty(0), -dm * ratio
-    beta = blend.to(norm.dtype).sigmoid()
-    dm = dg * rate * (1 - beta)
-    dblend = ((dg * torch.where(norm > 0, 1 - ratio, 0)).sum() * beta * (1 - beta)).reshape(blend.shape)
-    return dm.to(magnitude.dtype), dblend.to(blend.dtype), -dm * ratio
+    """dm = dg (1 - beta) / n, dblend = sum dg (1 - m / n) beta (1 - beta), dn = -dm m / n where it is needed."""
+    # a zero row has no direction: the subgradient is 0
+    rate = norm.reciprocal().nan_to_num_(nan=math.nan, posinf=0.0)
+    dm = dg * rate
+    dblend = dnorm = dg.new_empty(0)
+    if blend is not None:
+        beta = blend.to(norm.dtype).sigmoid()
+        dblend = (torch.dot(dm, norm - magnitude.to(norm.dtype)) * beta * (1 - beta)).to(blend.dtype)
+        dm *= 1 - beta
+    if need_norm:
+        dnorm = -dm * (magnitude * rate)
+    return dm.to(magnitude.dtype), dblend, dnorm
 
 
 def _gain_gradient(
@@ -174,18 +182,19 @@ def _gain_gradient(
     p_delta: Tensor | None,
     gain: Tensor,
     bias: Tensor | None,
+    need_bias: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dg_j = sum_t dy_tj z_tj, and sum_t dy_tj."""
-    if not kept.numel():
-        return _column_sums(dy, _product(x, weight, h, lora_b, scale, p_delta), gain.dtype)
-    sums, dbias = _column_sums(dy, kept, gain.dtype)
-    if bias is not None:
+    """dg_j = sum_t dy_tj z_tj, and sum_t dy_tj, empty unless it was needed and came for free."""
+    kept_is_output = bias is None and kept.numel() > 0
+    product = kept if kept.numel() else _product(x, weight, h, lora_b, scale, p_delta)
+    sums, dbias = _column_sums(dy, product, gain.dtype, need_bias)
+    if not kept_is_output:
         return sums, dbias
     dg = sums / gain
-    small = (gain.abs() < SMALL_GAIN).nonzero().squeeze(1)
-    if small.numel():
+    small = gain.abs() < SMALL_GAIN
+    if small.any():
         product = _product(x, weight[small], h, lora_b[small], scale, p_delta)
-        dg[small] = _column_sums(dy[:, small], product, gain.dtype)[0]
+        dg[small] = _column_sums(dy[:, small], product, gain.dtype, False)[0]
     return dg, dbias
 
 
@@ -201,9 +210,14 @@ def _product(
     """z = x W^T + s (p h) B^T (+ bias)."""
     if p_delta is not None:
         h = h * p_delta
-    factor = (scale * lora_b).to(x.dtype).T
-    product = h @ factor if bias is None else torch.addmm(bias, h, factor)
-    return product.addmm_(x, weight.T)
+    factor = lora_b.to(x.dtype).T
+    low = _scaled_product(h, factor, scale) if bias is None else torch.addmm(bias, h, factor, alpha=scale)
+    return low.addmm_(x, weight.T)
+
+
+def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """scale * left @ right, rounded once."""
+    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
 
 
 def _split_token_scale(
@@ -216,24 +230,23 @@ def _split_token_scale(
     return (column, None) if target == "output" else (None, column)
 
 
-def _scale_columns(z: Tensor, gain: Tensor, bias: Tensor | None, *, in_place: bool) -> Tensor:
+def _scale_columns(z: Tensor, gain: Tensor, bias: Tensor | None = None, *, in_place: bool = False) -> Tensor:
     """z * gain (+ bias), rounded once. `in_place` allows (it does not force) overwriting z."""
-    if z.dtype in (torch.float32, torch.float64):
+    if z.dtype == gain.dtype:
         scaled = z.mul_(gain) if in_place else z * gain
         return scaled if bias is None else scaled.add_(bias)
+    shift = None if bias is None else bias.to(gain.dtype)
     if not z.is_cpu or not z.numel():
-        scaled = z * gain if bias is None else torch.addcmul(bias.to(gain.dtype), z, gain)
+        scaled = z * gain if shift is None else torch.addcmul(shift, z, gain)
         return scaled.to(z.dtype)
     # PyTorch multiplies bf16 by fp32 through fp32 copies (20x slower); an inference batch norm takes fp32 parameters
     # in one pass
-    shift = torch.zeros_like(gain) if bias is None else bias.to(gain.dtype)
-    mean, variance = torch.zeros_like(gain), torch.ones_like(gain)
-    scaled = torch.batch_norm(_as_channels(z), gain, shift, mean, variance, False, 0.0, 0.0, False)
-    return scaled.permute(0, 2, 3, 1).view(z.shape)
+    zeros = torch.zeros_like(gain)
+    return torch.native_batch_norm(z, gain, shift, zeros, zeros, False, 0.0, 1.0)[0]
 
 
-def _column_sums(dy: Tensor, z: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """sum_t dy * z and sum_t dy, both (O,) in `dtype`, in one pass over dy and z and without a (T, O) temporary.
+def _column_sums(dy: Tensor, z: Tensor, dtype: torch.dtype, need_plain: bool) -> tuple[Tensor, Tensor]:
+    """sum_t dy * z, and sum_t dy if that is needed, both (O,) in `dtype`, without a (T, O) temporary.
 
     The parameter gradients of a layer norm or batch norm with mean 0 and variance 1 are just these sums. The layer
     norm would add up 16-bit inputs in 16 bits (error 4e-2); the batch norm adds them in fp32.
@@ -241,20 +254,11 @@ def _column_sums(dy: Tensor, z: Tensor, dtype: torch.dtype) -> tuple[Tensor, Ten
     if not dy.is_cpu or not dy.numel():
         return (dy.to(dtype) * z).sum(0), dy.sum(0, dtype=dtype)
     tokens, columns = dy.shape
-    ones, zeros = dy.new_ones(columns, dtype=dtype), dy.new_zeros(columns, dtype=dtype)
     dy, z = dy.contiguous(), z.contiguous()
+    zeros, mask = dy.new_zeros(columns, dtype=dtype), [False, True, need_plain]
     if dy.dtype == dtype:
         mean, rstd = dy.new_zeros(tokens, 1), dy.new_ones(tokens, 1)
-        _, product_sum, plain_sum = torch.ops.aten.native_layer_norm_backward(
-            dy, z, [columns], mean, rstd, ones, zeros, [False, True, True]
-        )
+        sums = torch.ops.aten.native_layer_norm_backward(dy, z, [columns], mean, rstd, zeros, zeros, mask)
     else:
-        _, product_sum, plain_sum = torch.ops.aten.native_batch_norm_backward(
-            _as_channels(dy), _as_channels(z), ones, zeros, ones, zeros, ones, False, 0.0, [False, True, True]
-        )
-    return product_sum, plain_sum
-
-
-def _as_channels(z: Tensor) -> Tensor:
-    """A contiguous (T, O) seen as a channels-last image (1, O, 1, T): its columns are the channels."""
-    return z.view(1, 1, *z.shape).permute(0, 3, 1, 2)
+        sums = torch.ops.aten.native_batch_norm_backward(dy, z, zeros, zeros, zeros, None, None, False, 1.0, mask)
+    return sums[1], sums[2] if need_plain else dy.new_empty(0)
