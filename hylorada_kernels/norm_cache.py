@@ -106,7 +106,8 @@ def _norm(
         samples = -(-weight.numel() // step)
         norm = kernel.guarded(kept, weight, lora_a, lora_b, scale=scale, samples=samples, sample_step=step)
     else:
-        norm = _compared(kept, weight, lora_a, lora_b, scale, step)
+        with backend.no_autocast(weight):
+            norm = _compared(kept, weight, lora_a, lora_b, scale, step)
     if _verifying.get():
         _verify(norm, weight, lora_a, lora_b, scale)
     return norm
