@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from hylorada.baselines import METHODS, baseline_config
+from hylorada.config import HyLoRADAConfig
 from hylorada.data import Block, Document, load_documents, make_dataloader, pad_token_id, split_documents, token_blocks
 from hylorada.evaluation import evaluate_perplexity
 from hylorada.memory import PeakMemory, peak_memory
@@ -31,6 +32,7 @@ from hylorada.model import HyLoRADAModel
 from hylorada.pretrained import SMOLLM2, load_pretrained
 from hylorada.provenance import provenance
 from hylorada.report import comparison_table, write_report
+from hylorada.s2_attention import SMALLEST_AUTO_GROUP
 from hylorada.trainer import HyLoRADATrainer, StepRecord, TrainingConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -231,6 +233,8 @@ def _overrides(options: argparse.Namespace) -> dict[str, Any]:
     """Return the fields of HyLoRADAConfig that every method shares."""
     if options.sink_tokens and not options.s2_attn:
         raise ValueError(f"--sink_tokens {options.sink_tokens} needs --s2_attn, whose groups see those tokens")
+    if options.s2_group_size is not None and not options.s2_attn:
+        raise ValueError(f"--s2_group_size {options.s2_group_size} needs --s2_attn, which makes the groups")
     overrides: dict[str, Any] = {
         "lora_rank": options.lora_rank,
         "lora_alpha": options.lora_alpha,
@@ -243,9 +247,28 @@ def _overrides(options: argparse.Namespace) -> dict[str, Any]:
         "rope_scaling_factor": options.rope_scaling_factor,
         "gradient_checkpointing": options.gradient_checkpointing,
     }
+    if options.s2_attn:
+        size = HyLoRADAConfig.s2_group_size if options.s2_group_size is None else options.s2_group_size
+        _check_groups(size, options.max_length)
+        overrides["s2_group_size"] = size
     if options.target_modules:
         overrides["lora_target_modules"] = tuple(options.target_modules)
     return overrides
+
+
+def _check_groups(group_size: int | str, max_length: int) -> None:
+    # the first border of a shifted layer
+    tokens = SMALLEST_AUTO_GROUP if isinstance(group_size, str) else group_size
+    shift = round(HyLoRADAConfig.s2_shift_ratio * tokens)
+    if max_length <= shift:
+        raise ValueError(
+            f"--s2_attn changes nothing at --max_length {max_length}: with --s2_group_size {group_size} the first "
+            f"border of a group is after {shift} tokens; give a longer --max_length or a smaller --s2_group_size"
+        )
+
+
+def _group_size(text: str) -> int | str:
+    return text if text == "auto" else int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -272,7 +295,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--lora_dropout", type=float, default=0.05)
     add("--target_modules", nargs="+", help="names of the layers to adapt; default: HyLoRADAConfig's")
     add("--gradient_checkpointing", action="store_true", help="recompute activations in the backward pass")
-    add("--s2_attn", action="store_true", help="shifted sparse attention")
+    add("--s2_attn", action="store_true", help="train with shifted sparse attention; evaluation has full attention")
+    add("--s2_group_size", type=_group_size, help='tokens of a group of --s2_attn, or "auto"; default: 2048')
     add("--sink_tokens", type=int, default=0, help="tokens that every group of --s2_attn sees")
     add("--train_embeddings", action="store_true")
     add("--train_norms", action="store_true")

@@ -1,4 +1,4 @@
-"""The methods of a comparison, each a configuration of the one adapted linear."""
+"""The methods of a comparison, each a configuration of one model."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "lora": _LORA,
     "rslora": {**_LORA, "use_rslora": True},
     "dora": {**_LORA, "use_dora_magnitude": True},
+    "lorada": {**_LORA, "daa_enabled": True},
     "hylorada": {},
 }
 
-_PLANNED = ("full", "lorada", "longlora", "sparse")
+_PLANNED = ("full", "longlora", "sparse")
 
 
 def baseline_config(name: str, **overrides: Any) -> HyLoRADAConfig | None:
     """Return the configuration of a method, or None for "baseline": the model as it is.
 
-    name: "baseline", "lora" (alpha / R), "rslora" (alpha / sqrt(R)), "dora" (LoRA and a learned row norm), "hylorada"
+    name: "baseline", "lora" (alpha / R), "rslora" (alpha / sqrt(R)), "dora" (LoRA and a learned row norm),
+        "lorada" (LoRA and Direct Attention Adaptation), "hylorada"
     overrides: fields of HyLoRADAConfig that every method of a comparison shares: rank, targets, dropout
     """
     if name in _PLANNED:

@@ -15,6 +15,7 @@ _AT_LEAST = {
     "num_landmarks": 1,
     "s2_group_size": 1,
     "s2_sink_tokens": 0,
+    "daa_num_buckets": 0,
     "max_sequence_length": 1,
 }
 # what an option belongs to: it does nothing while that is off. use_blend is not here, it is on by default
@@ -31,6 +32,7 @@ SWITCHES = {
     "s2_sink_tokens": "s2_attn_enabled",
     "s2_shift_mode": "s2_attn_enabled",
     "s2_eval": "s2_attn_enabled",
+    "daa_num_buckets": "daa_enabled",
     "rope_scaling_factor": "rope_scaling_type",
 }
 _CHOICES = {
@@ -75,6 +77,10 @@ class HyLoRADAConfig:
         s2_sink_tokens: attended by every group.   s2_eval: in evaluation too.
         s2_shift_mode: shift every other layer ("layers") or half of the heads ("heads").
 
+    Direct Attention Adaptation:
+        daa_enabled: learn a temperature and a distance bias for every attention head.
+        daa_num_buckets: of distances; 0 for the temperature alone, which leaves the attention to a fused kernel.
+
     Long contexts:
         train_embeddings: False, True, "positions", "tokens" or "all".   train_norms.
         rope_scaling_type: None, "linear", "dynamic", "yarn" or "auto".
@@ -83,7 +89,7 @@ class HyLoRADAConfig:
     Training:
         gradient_checkpointing: switch on the base model's own; False leaves the base model as it is.
         mixed_precision: "bf16", "fp16" or "fp32"; what a trainer takes by default, for the model itself never casts.
-        max_sequence_length: where the position buckets end.
+        max_sequence_length: where the buckets of positions and of distances end.
     """
 
     lora_rank: int = 8
@@ -113,6 +119,9 @@ class HyLoRADAConfig:
     s2_shift_mode: str = "layers"
     s2_eval: bool = False
 
+    daa_enabled: bool = False
+    daa_num_buckets: int = 32
+
     train_embeddings: bool | str = False
     train_norms: bool = False
     rope_scaling_type: str | None = None
@@ -131,18 +140,18 @@ class HyLoRADAConfig:
                 f"(target length / original length), got {self.rope_scaling_factor}"
             )
         if self.position_bias_enabled and self.position_bucket == "log":
-            self._check_log_buckets()
+            self._check_log_buckets("position_num_buckets", 'position_bucket="log2"')
+        if self.daa_enabled and self.daa_num_buckets:
+            self._check_log_buckets("daa_num_buckets", "0 for the temperature alone")
 
-    def _check_log_buckets(self):
-        if self.position_num_buckets < 4:
+    def _check_log_buckets(self, field: str, instead: str):
+        buckets = getattr(self, field)
+        if buckets < 4:
+            raise ValueError(f"{field} >= 4 is needed for logarithmic buckets, got {buckets}; use more, or {instead}")
+        if self.max_sequence_length <= buckets // 4:
             raise ValueError(
-                f'position_bucket="log" needs position_num_buckets >= 4, got {self.position_num_buckets}; '
-                'use more buckets, or position_bucket="log2"'
-            )
-        if self.max_sequence_length <= self.position_num_buckets // 4:
-            raise ValueError(
-                f"max_sequence_length must exceed a quarter of position_num_buckets={self.position_num_buckets}, "
-                f"the buckets of one position each, got {self.max_sequence_length}"
+                f"max_sequence_length must exceed a quarter of {field}={buckets}, the buckets of one position each, "
+                f"got {self.max_sequence_length}"
             )
 
     @classmethod

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any, cast
 
 from safetensors import SafetensorError
@@ -12,7 +13,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from hylorada_kernels.nn import HybridLinear
 
 from . import storage
+from .components import COMPONENTS, Component, groups_of
 from .config import DEFAULT_TARGET_MODULES, HyLoRADAConfig
+from .daa import DirectAttention
+from .estimate import memory_estimate
 from .lora import (
     PARAMETER_NAMES,
     UnifiedLayer,
@@ -22,17 +26,17 @@ from .lora import (
     merge_layers,
     replace_modules,
 )
-from .position import PositionBias, PositionScale, find_backbone, has_position_scale
+from .position import PositionBias
 
 logger = logging.getLogger(__name__)
 
 UNBUILT_COMPONENTS = {
     "landmark_enabled": "LandmarkLoRA",
-    "s2_attn_enabled": "shifted sparse attention",
     "train_embeddings": "training of embeddings",
     "train_norms": "training of norms",
     "rope_scaling_type": "RoPE scaling",
 }
+COMPONENT_KINDS = tuple(component.kind for component in COMPONENTS)
 _OTHER_BASE_OF_A_MERGED_MODEL = "pass base_model=None, or a base of the same architecture"
 _FOREIGN_FULL_MODEL = "the full model beside the adapter is not the one that was saved with it; save or copy it again"
 
@@ -40,8 +44,9 @@ _FOREIGN_FULL_MODEL = "the full model beside the adapter is not the one that was
 class HyLoRADAModel(nn.Module):
     """A base model whose linear layers are adapted in place and whose own parameters are frozen.
 
-    It computes what the base model computes until it is trained. It starts in the base model's train or eval mode.
-    Attributes and methods that it does not have are the base model's.
+    It computes what the base model computes until it is trained; with s2_attn_enabled in evaluation and generation
+    only, for in train mode the attention is sparse. It starts in the base model's train or eval mode. Attributes and
+    methods that it does not have are the base model's.
 
         model = HyLoRADAModel(base_model, HyLoRADAConfig(lora_rank=8))
 
@@ -51,7 +56,8 @@ class HyLoRADAModel(nn.Module):
 
     Attributes:
         base_model: the base model with its adapted layers.   config: the base model's own config.
-        hylorada_config: the HyLoRADAConfig.   position_bias: the PositionBias, or None.
+        hylorada_config: the HyLoRADAConfig.   position_bias: the PositionBias, or None.   daa: the DirectAttention, or
+        None.
         merged: whether the updates are in the base weights.
 
     Raises:
@@ -62,8 +68,9 @@ class HyLoRADAModel(nn.Module):
     base_model: PreTrainedModel
     hylorada_config: HyLoRADAConfig
     position_bias: PositionBias | None
+    daa: DirectAttention | None
     merged: bool
-    _positions: PositionScale | None
+    _components: list[Component]
     _unmerged: dict[str, UnifiedLayer]
 
     def __init__(self, base_model: PreTrainedModel, config: HyLoRADAConfig | None = None):
@@ -93,12 +100,14 @@ class HyLoRADAModel(nn.Module):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's generate."""
-        return cast(Any, self.base_model).generate(*args, **kwargs)
+        with ExitStack() as stack:
+            for component in self._components:
+                stack.enter_context(component.generating())
+            return cast(Any, self.base_model).generate(*args, **kwargs)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The adapter's parameters by the names that they have in a file; while merged, those that still act."""
-        parameters = adapter_parameters(adapted_layers(self.base_model))
-        return parameters | _position_parameters(self.position_bias)
+        return adapter_parameters(adapted_layers(self.base_model)) | _component_parameters(self._components)
 
     def count_params(self) -> dict[str, int]:
         """Numbers of parameters: "total", "trainable" and the adapter's, by kind."""
@@ -107,7 +116,7 @@ class HyLoRADAModel(nn.Module):
             "total": sum(parameter.numel() for parameter in self.parameters()),
             "trainable": sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad),
         }
-        for kind in (*PARAMETER_NAMES, "position_bias"):
+        for kind in (*PARAMETER_NAMES, *COMPONENT_KINDS):
             counts[kind] = sum(parameter.numel() for name, parameter in own.items() if _kind(name) == kind)
         return counts
 
@@ -116,6 +125,11 @@ class HyLoRADAModel(nn.Module):
         counts = self.count_params()
         share = counts["trainable"] / counts["total"]
         print(f"Trainable params: {_readable(counts['trainable'])} / {_readable(counts['total'])} ({share:.2%})")
+
+    def get_memory_estimate(self, seq_len: int, batch_size: int = 1) -> dict[str, float]:
+        """What a training step on (batch_size, seq_len) tokens needs; see `memory_estimate` for the numbers."""
+        config, adapter = self.hylorada_config, list(self.adapter_parameters().values())
+        return memory_estimate(self.base_model, adapter, groups_of(config), config.mixed_precision, seq_len, batch_size)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Switch on the base model's gradient checkpointing, non-reentrant unless {"use_reentrant": True} is given."""
@@ -131,7 +145,8 @@ class HyLoRADAModel(nn.Module):
     def merge_lora_weights(self, keep_base: bool = True) -> None:
         """Put the updates into the base weights: the adapted layers become plain linear layers again.
 
-        A position bias stays, as a scale on their inputs. Merging twice changes nothing.
+        A position bias stays, as a scale on their inputs, and so does what acts in the attention. Merging twice changes
+        nothing.
 
         Args:
             keep_base: keep the original weights on the CPU for unmerge_lora_weights; False frees them and the updates.
@@ -140,12 +155,14 @@ class HyLoRADAModel(nn.Module):
             RuntimeError: a position bias of the low-rank part, or a weight that several layers share, cannot be merged.
         """
         if not self.merged:
-            self._check_mergeable()
+            for component in self._components:
+                component.check_mergeable()
             layers = adapted_layers(self.base_model)
             merge_layers(self.base_model, layers, keep_base)
             linears: dict[nn.Module, nn.Module] = {layer: layer.to_linear() for layer in layers.values()}
             replace_modules(self.base_model, linears)
-            self._scale_inputs(list(linears.values()))
+            for component in self._components:
+                component.after_merge(list(linears.values()))
             self._unmerged, self.merged = layers, True
         if not keep_base:
             self._unmerged = {}
@@ -173,8 +190,9 @@ class HyLoRADAModel(nn.Module):
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Save the adapter, adapter.safetensors with hylorada_config.json, and after a merge the full model beside it.
 
-        transformers can load the full model too, but not the position bias, which is in adapter.safetensors. Old files
-        are replaced when all new ones are written; if that fails they stay. A merged model saved here before goes away.
+        transformers can load the full model too, but not the parts that no weight can hold, such as the position bias,
+        which are in adapter.safetensors. Old files are replaced when all new ones are written; if that fails they stay.
+        A merged model saved here before goes away.
         """
         self._warn_of_unsaved()
         adapter = storage.SavedAdapter(
@@ -246,6 +264,8 @@ class HyLoRADAModel(nn.Module):
     ) -> None:
         """Build every part, fill it with a saved adapter's values, and only then put it into the base model."""
         targets = _check(base_model, config)
+        built = [component.build(base_model, targets, config) for component in COMPONENTS]
+        components = [component for component in built if component is not None]
         is_merged = saved is not None and saved.merged
         if saved is not None and is_merged:
             # the weights are about to be replaced
@@ -257,9 +277,8 @@ class HyLoRADAModel(nn.Module):
         try:
             base_model.requires_grad_(False)
             layers = {} if is_merged else {name: _build_layer(linear, config) for name, linear in targets.items()}
-            position_bias = _build_position_bias(targets, config)
             if saved is not None:
-                _fill(adapter_parameters(layers) | _position_parameters(position_bias), saved.tensors)
+                _fill(adapter_parameters(layers) | _component_parameters(components), saved.tensors)
             if config.gradient_checkpointing and base_model.supports_gradient_checkpointing:
                 _enable_checkpointing(base_model, {"use_reentrant": False})
         except BaseException:
@@ -269,32 +288,19 @@ class HyLoRADAModel(nn.Module):
 
         self.base_model = base_model
         self.hylorada_config = config
-        self.position_bias = position_bias
-        self._positions = None
-        if position_bias is not None:
-            position_bias.train(base_model.training)
-            self._positions = PositionScale(position_bias, find_backbone(base_model, set(targets.values())))
         self._unmerged = {}
         self.merged = is_merged
         # not by train(), which would reach into the base model
         self.training = base_model.training
-        for layer in layers.values():
-            layer.positions = self._positions
-        if is_merged:
-            self._scale_inputs(list(targets.values()))
+        self._components = components
+        for kind in COMPONENT_KINDS:
+            setattr(self, kind, None)
+        for component in components:
+            setattr(self, component.kind, component.module and component.module.train(base_model.training))
+            component.attach(base_model, layers)
+            if is_merged:
+                component.after_merge(list(targets.values()))
         replace_modules(base_model, {targets[name]: layer for name, layer in layers.items()})
-
-    def _scale_inputs(self, linears: list[nn.Module]) -> None:
-        if self._positions is not None:
-            for linear in linears:
-                linear.register_forward_pre_hook(self._positions.scale_input)
-
-    def _check_mergeable(self) -> None:
-        if self.position_bias is not None and self.hylorada_config.position_bias_target == "delta":
-            raise RuntimeError(
-                'position_bias_target="delta" scales the low-rank update by position, which no weight can hold; '
-                'do not merge, or train with position_bias_target="output" or without position bias'
-            )
 
     def _obsolete_files(self, directory: str | os.PathLike) -> tuple[str, ...]:
         if self.merged:
@@ -322,6 +328,7 @@ def get_lora_plus_param_groups(
     lr_lora: float = 2e-4,
     lr_magnitude: float = 1e-3,
     lr_position: float = 5e-4,
+    lr_attention: float = 5e-4,
     weight_decay: float = 0.0,
     lora_plus_ratio: float = 1.0,
 ) -> list[dict[str, Any]]:
@@ -330,12 +337,17 @@ def get_lora_plus_param_groups(
     Args:
         model: a HyLoRADAModel, or a wrapper of one.
         lr_lora: of A and B, and of trainable parameters of the base model.   lr_magnitude: of magnitudes and blends.
-        lr_position: of the position bias.
+        lr_position: of the position bias.   lr_attention: of Direct Attention Adaptation.
         weight_decay: of A, B and parameters of the base model; the others, whose neutral value is not 0, have none.
         lora_plus_ratio: the learning rate of B over that of A (LoRA+; Hayou et al. 2024).
     """
     decayed = {"lora_a": lr_lora, "lora_b": lr_lora * lora_plus_ratio, "base": lr_lora}
-    rates = decayed | {"magnitude": lr_magnitude, "residual_weight": lr_magnitude, "position_bias": lr_position}
+    rates = decayed | {
+        "magnitude": lr_magnitude,
+        "residual_weight": lr_magnitude,
+        "position_bias": lr_position,
+        "daa": lr_attention,
+    }
     members: dict[str, list[nn.Parameter]] = {kind: [] for kind in rates}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -356,7 +368,8 @@ def _check(base_model: PreTrainedModel, config: HyLoRADAConfig) -> dict[str, nn.
             f"config must be a HyLoRADAConfig, got {type(config).__name__}; HyLoRADAConfig.from_dict takes a dict"
         )
     if isinstance(base_model, nn.Module) and any(
-        isinstance(module, HybridLinear) or has_position_scale(module) for module in base_model.modules()
+        isinstance(module, HybridLinear) or any(component.is_attached(module) for component in COMPONENTS)
+        for module in base_model.modules()
     ):
         raise ValueError(f"{type(base_model).__name__} is adapted already; load the base model again to adapt it anew")
     if not isinstance(base_model, PreTrainedModel):
@@ -374,25 +387,7 @@ def _check(base_model: PreTrainedModel, config: HyLoRADAConfig) -> dict[str, nn.
             type(base_model).__name__,
         )
     is_default = config.lora_target_modules == DEFAULT_TARGET_MODULES
-    targets = find_targets(base_model, config.lora_target_modules, warn_unmatched=not is_default)
-    if config.position_bias_enabled:
-        _check_position_bias(base_model, targets)
-    return targets
-
-
-def _check_position_bias(base_model: PreTrainedModel, targets: dict[str, nn.Module]) -> None:
-    if getattr(base_model.config, "is_encoder_decoder", False):
-        raise ValueError(
-            "position bias needs one sequence of positions, not an encoder's and a decoder's; "
-            "set position_bias_enabled=False"
-        )
-    head = base_model.get_output_embeddings()
-    heads = [name for name, linear in targets.items() if linear is head]
-    if heads:
-        raise ValueError(
-            f"position bias cannot scale the output head {heads[0]}, which may see only some of the tokens; "
-            "leave it out of lora_target_modules or set position_bias_enabled=False"
-        )
+    return find_targets(base_model, config.lora_target_modules, warn_unmatched=not is_default)
 
 
 def _build_layer(linear: nn.Module, config: HyLoRADAConfig) -> UnifiedLayer:
@@ -411,15 +406,13 @@ def _build_layer(linear: nn.Module, config: HyLoRADAConfig) -> UnifiedLayer:
     return cast(UnifiedLayer, layer.train(linear.training))
 
 
-def _build_position_bias(targets: dict[str, nn.Module], config: HyLoRADAConfig) -> PositionBias | None:
-    if not config.position_bias_enabled:
-        return None
-    device = next(iter(targets.values())).weight.device
-    return PositionBias(config.position_num_buckets, config.max_sequence_length, config.position_bucket, device)
-
-
-def _position_parameters(position_bias: PositionBias | None) -> dict[str, nn.Parameter]:
-    return {} if position_bias is None else dict(position_bias.named_parameters(prefix="position_bias"))
+def _component_parameters(components: list[Component]) -> dict[str, nn.Parameter]:
+    return {
+        name: parameter
+        for component in components
+        if component.module is not None
+        for name, parameter in component.module.named_parameters(prefix=component.kind)
+    }
 
 
 def _fill(parameters: dict[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
@@ -470,8 +463,8 @@ def _load_full_model(directory: str | os.PathLike, like: Any) -> PreTrainedModel
 
 def _kind(name: str) -> str:
     parent, _, leaf = name.rpartition(".")
-    if parent.rpartition(".")[2] == "position_bias":
-        return "position_bias"
+    if parent.rpartition(".")[2] in COMPONENT_KINDS:
+        return parent.rpartition(".")[2]
     return leaf if leaf in PARAMETER_NAMES else "base"
 
 

@@ -269,6 +269,7 @@ class HyLoRADATrainer:
                 lr_lora=config.learning_rate,
                 lr_magnitude=config.magnitude_learning_rate or config.learning_rate,
                 lr_position=config.position_learning_rate or config.learning_rate,
+                lr_attention=config.learning_rate,
                 weight_decay=config.weight_decay,
             )
         elif config.magnitude_learning_rate or config.position_learning_rate:

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from .norm_cache import NormCache
 from .ops.hybrid_linear.op import TOKEN_SCALE_TARGETS, adapted_weight, hybrid_linear
+from .ops.shifted_attention.op import shifted_attention
 
 INITS = ("orthogonal", "kaiming")
 BLEND_INIT = 0.1
@@ -233,3 +234,59 @@ def _init_lora_a(lora_a: Tensor, init: str) -> None:
         nn.init.orthogonal_(lora_a)
     else:
         nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
+
+
+class ShiftedAttention(nn.Module):
+    """Attention within groups of tokens; see `hylorada_kernels.shifted_attention`. It has no parameters.
+
+    Args:
+        group_size: tokens of a group.   shift: of the groups' borders, in [0, group_size).
+        shifted_heads: which heads that shift is for, "none", "half" or "all".   causal: see no later token.
+        sink_tokens: how many first tokens every token sees.
+        dropout: of the softmax while training, in [0, 1).
+    """
+
+    def __init__(
+        self,
+        group_size: int,
+        shift: int = 0,
+        shifted_heads: str = "none",
+        causal: bool = True,
+        sink_tokens: int = 0,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.group_size, self.shift, self.shifted_heads = group_size, shift, shifted_heads
+        self.causal, self.sink_tokens, self.dropout_p = causal, sink_tokens, float(dropout)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """q: (B, Hq, L, D), k, v: (B, Hkv, L, D) -> (B, Hq, L, D)."""
+        return shifted_attention(
+            q,
+            k,
+            v,
+            group_size=self.group_size,
+            shift=self.shift,
+            shifted_heads=self.shifted_heads,
+            causal=self.causal,
+            sink_tokens=self.sink_tokens,
+            scale=scale,
+            lengths=lengths,
+            cu_seqlens=cu_seqlens,
+            dropout_p=self.dropout_p if self.training else 0.0,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"group_size={self.group_size}, shift={self.shift}, shifted_heads={self.shifted_heads!r}, "
+            f"causal={self.causal}, sink_tokens={self.sink_tokens}, dropout={self.dropout_p}"
+        )

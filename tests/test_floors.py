@@ -13,9 +13,11 @@ LIBRARY = sorted((ROOT / "hylorada").rglob("*.py"))
 
 # what a module of hylorada may import of hylorada: modules of lower floors, and its own floor's from the list on
 FLOORS = [
-    ["assets", "config", "memory", "provenance", "report"],
+    ["assets", "config", "memory", "provenance", "report", "row_attention"],
     ["data", "pretrained", "position", "storage"],
-    ["lora", "evaluation"],
+    ["daa", "lora", "evaluation"],
+    ["s2_attention"],
+    ["components", "estimate"],
     ["model"],
     ["baselines", "trainer"],
 ]

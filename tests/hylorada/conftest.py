@@ -75,6 +75,7 @@ def token_ids():
 
 # large enough to matter, small enough that a tiny network stays well conditioned
 NOISE = {"lora_a": 0.05, "lora_b": 0.03, "magnitude": 0.05, "residual_weight": 0.5, "table": 0.5, "weight": 0.5}
+NOISE |= {"temperature": 0.3, "distance_bias": 0.5}
 
 
 def disturb(model: nn.Module) -> nn.Module:

@@ -44,6 +44,7 @@ def expected_weight(layer, scale, beta):
         ("lora", ALPHA / RANK, False, False),
         ("rslora", ALPHA / math.sqrt(RANK), False, False),
         ("dora", ALPHA / RANK, True, False),
+        ("lorada", ALPHA / RANK, False, False),
         ("hylorada", ALPHA / math.sqrt(RANK), True, True),
     ],
 )
@@ -68,6 +69,11 @@ def test_only_hylorada_has_a_position_bias():
     assert [name for name, config in configs.items() if config and config.position_bias_enabled] == ["hylorada"]
 
 
+def test_only_lorada_adapts_the_attention():
+    configs = {name: baseline_config(name) for name in METHODS}
+    assert [name for name, config in configs.items() if config and config.daa_enabled] == ["lorada"]
+
+
 def test_baseline_adapts_nothing():
     assert baseline_config("baseline", lora_rank=64) is None
 
@@ -78,14 +84,15 @@ def test_shared_fields_reach_every_method():
         assert (config.lora_rank, config.lora_target_modules) == (3, ("c_attn",))
 
 
-@pytest.mark.parametrize("method", ["full", "lorada", "longlora", "sparse"])
+@pytest.mark.parametrize("method", ["full", "longlora", "sparse"])
 def test_planned_method_says_that_it_is_not_built(method):
     with pytest.raises(NotImplementedError, match=f"'{method}' is not built yet"):
         baseline_config(method)
 
 
 def test_unknown_method_is_named_with_the_known_ones():
-    with pytest.raises(ValueError, match="unknown method 'qlora': use one of baseline, lora, rslora, dora, hylorada"):
+    known = "baseline, lora, rslora, dora, lorada, hylorada"
+    with pytest.raises(ValueError, match=f"unknown method 'qlora': use one of {known}"):
         baseline_config("qlora")
 
 

@@ -7,7 +7,7 @@ import pytest
 from benchmarks import run_benchmark
 from hylorada.report import comparison_table
 
-METHODS = ["baseline", "lora", "rslora", "dora", "hylorada"]
+METHODS = ["baseline", "lora", "rslora", "dora", "lorada", "hylorada"]
 
 
 @pytest.fixture
@@ -57,16 +57,32 @@ def test_methods_are_compared_on_equal_terms(run, tmp_path, capsys):
     tokens = [[step["tokens"] for step in row["steps"]] for row in adapted]
     assert len(tokens[0]) == 6 and all(order == tokens[0] for order in tokens)
 
-    # q, k, v, o of 2 layers with 32 features: R (I + O) each, O magnitudes, 1 blend, and 65 for the positions
+    # q, k, v, o of 2 layers with 32 features: R (I + O) each, O magnitudes, 1 blend, and 65 for the positions;
+    # a temperature and 32 distances for each of 4 heads in 2 layers
     low_rank = 2 * 8 * (2 * (32 + 32) + 2 * (32 + 16))
     magnitudes = 2 * (32 + 32 + 16 + 16)
     counts = [row["trainable_parameters"] for row in rows]
-    assert counts == [0, low_rank, low_rank, low_rank + magnitudes, low_rank + magnitudes + 8 + 65]
+    dora = low_rank + magnitudes
+    assert counts == [0, low_rank, low_rank, dora, low_rank + 2 * 4 * 33, dora + 8 + 65]
 
     directory = next((tmp_path / "results").iterdir())
     assert sorted(path.name for path in directory.iterdir()) == ["loss.png", "report.md", "results.json"]
     assert comparison_table(rows) in capsys.readouterr().out
     assert comparison_table(rows) in (directory / "report.md").read_text()
+
+
+def test_methods_are_compared_in_groups(run):
+    groups = ("--s2_attn", "--s2_group_size", 8, "--sink_tokens", 1)
+    code, rows = run("--methods", "baseline", "lora", "lorada", "hylorada", *groups, "--steps", 12)
+    assert code == 0
+    baseline, *adapted = rows
+    for row in adapted:
+        # evaluation has full attention, and training has not
+        assert row["perplexity_before"] == pytest.approx(baseline["perplexity_before"], rel=1e-5)
+        assert row["perplexity_after"] < 0.9 * baseline["perplexity_after"]
+        assert (row["settings"]["s2_group_size"], row["settings"]["s2_sink_tokens"]) == (8, 1)
+    _, full = run("--methods", "lora", "--steps", 12)
+    assert abs(full[0]["steps"][0]["loss"] - adapted[0]["steps"][0]["loss"]) > 1e-3
 
 
 def test_every_row_carries_its_circumstances(run, saved_model, texts):
@@ -141,7 +157,9 @@ def test_results_survive_a_later_failure(run, tmp_path, monkeypatch):
         (["--max_length", "1"], "max_length must be at least 2"),
         (["--steps", "0"], "max_steps must be at least 1"),
         (["--target_modules", "nothing_like_it"], "nothing_like_it"),
-        (["--s2_attn"], "shifted sparse attention"),
+        (["--s2_attn"], "--s2_attn changes nothing at --max_length 32: with --s2_group_size 2048"),
+        (["--s2_attn", "--s2_group_size", "auto"], "the first border of a group is after 1024 tokens"),
+        (["--s2_attn", "--s2_group_size", "0"], "s2_group_size must be at least 1, got 0"),
         (["--train_embeddings"], "training of embeddings"),
         (["--train_norms"], "training of norms"),
         (["--rope_scaling_type", "yarn", "--rope_scaling_factor", "4"], "RoPE scaling"),
@@ -180,6 +198,7 @@ SEED_COMMANDS = [
         (["--epochs", "0"], "--epochs: num_epochs must be at least 1, got 0"),
         (["--seed", "-1"], "--seed: seed must be at least 0, got -1"),
         (["--sink_tokens", "4"], "--sink_tokens 4 needs --s2_attn"),
+        (["--s2_group_size", "512"], "--s2_group_size 512 needs --s2_attn"),
     ],
 )
 def test_bad_flags_are_named_before_anything_is_loaded(run, monkeypatch, capsys, arguments, message):

@@ -233,6 +233,7 @@ def test_counts_name_every_kind(make_model):
         "magnitude": 2 * (32 + 16),
         "residual_weight": 4,
         "position_bias": 65,
+        "daa": 0,
     } | {"trainable": 512 + 384 + 96 + 4 + 65}
 
 
@@ -357,7 +358,6 @@ def assert_unchanged(base, before):
         ({"lora_target_modules": ("embed_tokens",)}, ValueError, "match no linear layer"),
         ({"lora_target_modules": ("q_proj", "lm_head")}, ValueError, "cannot scale the output head lm_head"),
         ({"landmark_enabled": True}, NotImplementedError, r"LandmarkLoRA \(landmark_enabled=True\)"),
-        ({"s2_attn_enabled": True}, NotImplementedError, r"shifted sparse attention \(s2_attn_enabled=True\)"),
         ({"train_embeddings": "tokens"}, NotImplementedError, r"embeddings \(train_embeddings='tokens'\)"),
         ({"train_norms": True}, NotImplementedError, r"norms \(train_norms=True\)"),
         ({"rope_scaling_type": "yarn"}, NotImplementedError, r"RoPE scaling \(rope_scaling_type='yarn'\)"),
@@ -457,6 +457,7 @@ def test_only_names_that_the_user_gave_are_warned_about(make_base, caplog):
         ("s2_sink_tokens", 4, "s2_attn_enabled", False),
         ("s2_shift_mode", "heads", "s2_attn_enabled", False),
         ("s2_eval", True, "s2_attn_enabled", False),
+        ("daa_num_buckets", 8, "daa_enabled", False),
         ("rope_scaling_factor", 4.0, "rope_scaling_type", None),
     ],
 )
