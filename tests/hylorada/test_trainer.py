@@ -154,11 +154,11 @@ def test_fp16_trains_under_a_loss_scale(make_model, rows):
     for precision in ("fp32", "fp16"):
         model = make_model()
         result = HyLoRADATrainer(
-            model, loader(rows, 3), config=config(mixed_precision=precision, learning_rate=1e-2, num_epochs=4)
+            model, loader(rows, 3), config=config(mixed_precision=precision, learning_rate=2e-3, num_epochs=4)
         ).train()
         losses[precision] = [record.loss for record in result.steps]
         assert all(p.dtype == torch.float32 and p.isfinite().all() for p in model.parameters())
-    # fp16 has 11 bits
+    # fp16 has 11 bits; at higher rates the two runs drift apart however little they differ
     assert losses["fp16"] == pytest.approx(losses["fp32"], rel=2**-6)
 
 

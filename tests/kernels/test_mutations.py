@@ -21,7 +21,7 @@ EAGER = {
         "dx = dh @ lora_a.to(x.dtype)",
     ),
     "g is dropped in dx": ("dx.addmm_(dz, weight)", "dx.addmm_(dy, weight)"),
-    "g is dropped in dB": ("_scaled_product(weighted_h.T, dz, scale)", "_scaled_product(weighted_h.T, dy, scale)"),
+    "g is dropped in dB": ("_factor_gradient(weighted_h.T, dz, scale", "_factor_gradient(weighted_h.T, dy, scale"),
     "the bias is scaled": ("else scaled.add_(bias)", "else scaled.add_(bias * gain)"),
     "the blend is upside down": (
         "torch.lerp(ratio, torch.ones_like(ratio)",

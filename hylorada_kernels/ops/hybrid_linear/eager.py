@@ -99,7 +99,7 @@ def backward(
         if need_a:
             scaled_dh = dh if p_input is None else dh * p_input
             thinned = x * mask * (1 / (1 - dropout_p)) if dropout_p else x
-            da = _scaled_product(scaled_dh.T, thinned, scale).to(lora_a.dtype)
+            da = _factor_gradient(scaled_dh.T, thinned, scale, lora_a.dtype)
         if need_x or (need_p and p_input is not None):
             dx = _scaled_product(dh, lora_a.to(x.dtype), scale)
             if dropout_p:
@@ -112,9 +112,9 @@ def backward(
     if need_b:
         weighted_h = h if p_delta is None else h * p_delta
         if h.shape[0] > FEW_TOKENS_PER_RANK * h.shape[1]:
-            db = _scaled_product(weighted_h.T, dz, scale).to(lora_b.dtype).T.contiguous()
+            db = _factor_gradient(weighted_h.T, dz, scale, lora_b.dtype).T.contiguous()
         else:
-            db = _scaled_product(dz.T, weighted_h, scale).to(lora_b.dtype)
+            db = _factor_gradient(dz.T, weighted_h, scale, lora_b.dtype)
     if need_m or need_blend or need_norm:
         shifted_x = x if p_input is None else x * p_input
         dg, dbias = _gain_gradient(dy, kept, shifted_x, weight, h, lora_b, scale, p_delta, gain, bias, need_bias)
@@ -218,6 +218,13 @@ def _product(
 def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
     """scale * left @ right, rounded once."""
     return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
+
+
+def _factor_gradient(left: Tensor, right: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """scale * left @ right in the factor's dtype. fp16 is scaled there: under a loss scale its range ends soon."""
+    if left.dtype == torch.float16:
+        return (left @ right).to(dtype).mul_(scale)
+    return _scaled_product(left, right, scale).to(dtype)
 
 
 def _split_token_scale(
