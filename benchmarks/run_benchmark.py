@@ -298,10 +298,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--s2_attn", action="store_true", help="train with shifted sparse attention; evaluation has full attention")
     add("--s2_group_size", type=_group_size, help='tokens of a group of --s2_attn, or "auto"; default: 2048')
     add("--sink_tokens", type=int, default=0, help="tokens that every group of --s2_attn sees")
-    add("--train_embeddings", action="store_true")
+    add("--train_embeddings", nargs="?", const=True, default=False, choices=("positions", "tokens", "all"))
     add("--train_norms", action="store_true")
-    add("--rope_scaling_type", choices=("linear", "dynamic", "yarn", "auto"))
-    add("--rope_scaling_factor", type=float, default=1.0)
+    add("--rope_scaling_type", choices=("linear", "dynamic", "yarn", "auto"), help='"auto" extends position tables too')
+    add("--rope_scaling_factor", type=float, default=1.0, help="target length / original length")
     add("--output_dir", default="results", help="a folder named after the time is made in it")
     return parser
 

@@ -8,8 +8,11 @@ from transformers import PreTrainedModel
 
 from .config import HyLoRADAConfig
 from .daa import DirectAttention
+from .embeddings import PositionTable, embedding_parameters, find_position_table, norm_parameters
+from .landmark import POSITION_BUCKETS, LandmarkHook, LandmarkLoRA, check_gate, find_head_input, has_landmarks
 from .lora import UnifiedLayer
 from .position import PositionBias, PositionScale, find_backbone, has_position_scale
+from .rope import RopeScaling, find_rotary_modules
 from .s2_attention import AttentionSwitch, Groups, attention_layers, has_attention_switch
 
 
@@ -37,7 +40,15 @@ class Component:
     @staticmethod
     def is_attached(module: nn.Module) -> bool:
         """Whether a module of a base model carries this kind of part already."""
-        raise NotImplementedError
+        return False
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained and saved, by the names in a file."""
+        return {} if self.module is None else dict(self.module.named_parameters(prefix=self.kind))
+
+    def base_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters of the base model that `attach` gives other values or shapes, by their names there."""
+        return {}
 
     def attach(self, base_model: PreTrainedModel, layers: dict[str, UnifiedLayer]) -> None:
         """Act from now on. layers: the adapted linears, which may not stand in the base model yet; none if merged."""
@@ -148,6 +159,107 @@ def groups_of(config: HyLoRADAConfig) -> Groups | None:
     )
 
 
+class LandmarkComponent(Component):
+    """LandmarkLoRA, which changes the hidden states that the head receives."""
+
+    kind = "landmark"
+
+    def __init__(self, landmarks: LandmarkLoRA, backbone: nn.Module):
+        self.module, self._backbone = landmarks, backbone
+
+    @classmethod
+    def build(cls, base_model, targets, config):
+        if not config.landmark_enabled:
+            return None
+        backbone, hidden = find_head_input(base_model)
+        check_gate(base_model, backbone, config.landmark_gate)
+        landmarks = LandmarkLoRA(
+            hidden.shape[-1],
+            config.num_landmarks,
+            config.landmark_gate,
+            POSITION_BUCKETS if config.landmark_position else 0,
+            config.max_sequence_length,
+            hidden.device,
+        )
+        return cls(landmarks, backbone)
+
+    is_attached = staticmethod(has_landmarks)
+
+    def attach(self, base_model, layers):
+        assert isinstance(self.module, LandmarkLoRA)
+        LandmarkHook(self.module, self._backbone)
+
+
+class BaseComponent(Component):
+    """What changes in the base model itself: how long its texts may be, and which of its own parameters are trained."""
+
+    kind = "base"
+
+    def __init__(
+        self,
+        length: RopeScaling | PositionTable | None,
+        trained: dict[str, nn.Parameter],
+        tables: dict[str, nn.Parameter],
+    ):
+        self._length, self._trained = length, list(trained)
+        # values are loaded into copies first
+        self._new = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in trained.items()} | tables
+        self._base_model: PreTrainedModel | None = None
+
+    @classmethod
+    def build(cls, base_model, targets, config):
+        length = _length_scaling(base_model, config)
+        trained = embedding_parameters(base_model, config.train_embeddings)
+        if config.train_norms:
+            trained |= norm_parameters(base_model)
+        if length is None and not trained:
+            return None
+        weights = {id(linear.weight): name for name, linear in targets.items()}
+        for name, parameter in trained.items():
+            if id(parameter) in weights:
+                raise ValueError(
+                    f"train_embeddings={config.train_embeddings!r} trains {name}, also the weight of the adapted layer "
+                    f"{weights[id(parameter)]}; leave that layer out of lora_target_modules"
+                )
+        tables = {}
+        if isinstance(length, PositionTable):
+            present = length.embedding.weight
+            tables = {name: length.weight for name, value in base_model.named_parameters() if value is present}
+        return cls(length, trained, tables)
+
+    def parameters(self):
+        return {name: parameter for name, parameter in self.base_parameters().items() if name in self._trained}
+
+    def base_parameters(self):
+        if self._base_model is None:
+            return self._new
+        return {name: self._base_model.get_parameter(name) for name in self._trained}
+
+    def attach(self, base_model, layers):
+        if self._length is not None:
+            self._length.apply()
+        for name in self._trained:
+            parameter = base_model.get_parameter(name)
+            parameter.data = self._new[name].data.to(parameter.dtype)
+            parameter.requires_grad_(True)
+        # by name from now on: what the model is moved or loaded into is what is saved
+        self._base_model, self._new, self._length = base_model, {}, None
+
+
+def _length_scaling(base_model: PreTrainedModel, config: HyLoRADAConfig) -> RopeScaling | PositionTable | None:
+    scaling_type, factor = config.rope_scaling_type, config.rope_scaling_factor
+    if scaling_type is None:
+        return None
+    if scaling_type == "auto" and not find_rotary_modules(base_model):
+        if find_position_table(base_model) is None:
+            raise ValueError(
+                f'rope_scaling_type="auto": {type(base_model).__name__} has neither rotary embeddings nor a learned '
+                "position table; leave it None"
+            )
+        return PositionTable(base_model, factor)
+    return RopeScaling(base_model, scaling_type, factor)
+
+
 def _check_attention(base_model: PreTrainedModel, asked: str) -> int:
     """The number of query heads of a model whose attention can be exchanged; ValueError for others."""
     name = type(base_model).__name__
@@ -169,4 +281,4 @@ def _check_attention(base_model: PreTrainedModel, asked: str) -> int:
     return config.num_attention_heads
 
 
-COMPONENTS: tuple[type[Component], ...] = (PositionComponent, AttentionComponent)
+COMPONENTS: tuple[type[Component], ...] = (BaseComponent, PositionComponent, AttentionComponent, LandmarkComponent)

@@ -17,6 +17,7 @@ from .components import COMPONENTS, Component, groups_of
 from .config import DEFAULT_TARGET_MODULES, HyLoRADAConfig
 from .daa import DirectAttention
 from .estimate import memory_estimate
+from .landmark import LandmarkLoRA
 from .lora import (
     PARAMETER_NAMES,
     UnifiedLayer,
@@ -30,12 +31,6 @@ from .position import PositionBias
 
 logger = logging.getLogger(__name__)
 
-UNBUILT_COMPONENTS = {
-    "landmark_enabled": "LandmarkLoRA",
-    "train_embeddings": "training of embeddings",
-    "train_norms": "training of norms",
-    "rope_scaling_type": "RoPE scaling",
-}
 COMPONENT_KINDS = tuple(component.kind for component in COMPONENTS)
 _OTHER_BASE_OF_A_MERGED_MODEL = "pass base_model=None, or a base of the same architecture"
 _FOREIGN_FULL_MODEL = "the full model beside the adapter is not the one that was saved with it; save or copy it again"
@@ -57,21 +52,22 @@ class HyLoRADAModel(nn.Module):
     Attributes:
         base_model: the base model with its adapted layers.   config: the base model's own config.
         hylorada_config: the HyLoRADAConfig.   position_bias: the PositionBias, or None.   daa: the DirectAttention, or
-        None.
+        None.   landmark: the LandmarkLoRA, or None.
         merged: whether the updates are in the base weights.
 
     Raises:
         TypeError, ValueError: a model or config that does not fit.
-        NotImplementedError: the config asks for a component that is not built yet.
     """
 
     base_model: PreTrainedModel
     hylorada_config: HyLoRADAConfig
     position_bias: PositionBias | None
     daa: DirectAttention | None
+    landmark: LandmarkLoRA | None
     merged: bool
     _components: list[Component]
     _unmerged: dict[str, UnifiedLayer]
+    _base_fingerprint: dict[str, Any]
 
     def __init__(self, base_model: PreTrainedModel, config: HyLoRADAConfig | None = None):
         super().__init__()
@@ -199,7 +195,9 @@ class HyLoRADAModel(nn.Module):
             config=self.hylorada_config.to_dict(),
             merged=self.merged,
             base_model=getattr(self.config, "_name_or_path", None) or "",
-            base_fingerprint=storage.fingerprint(_base_parameters(self.base_model)),
+            base_fingerprint=(
+                storage.fingerprint(_base_parameters(self.base_model)) if self.merged else self._base_fingerprint
+            ),
             tensors=self.adapter_parameters(),
         )
         with storage.replacing_files(directory, self._obsolete_files(directory)) as folder:
@@ -270,7 +268,10 @@ class HyLoRADAModel(nn.Module):
         if saved is not None and is_merged:
             # the weights are about to be replaced
             fingerprint = saved.base_fingerprint | {"row_norms": {}}
-            storage.check_base(fingerprint, _base_parameters(base_model), _OTHER_BASE_OF_A_MERGED_MODEL)
+            present: dict[str, Tensor] = _base_parameters(base_model)
+            for component in components:
+                present |= component.base_parameters()
+            storage.check_base(fingerprint, present, _OTHER_BASE_OF_A_MERGED_MODEL)
         elif saved is not None and strict_base:
             storage.check_base(saved.base_fingerprint, _base_parameters(base_model))
         was_trainable = [parameter for parameter in base_model.parameters() if parameter.requires_grad]
@@ -287,6 +288,8 @@ class HyLoRADAModel(nn.Module):
             raise
 
         self.base_model = base_model
+        # of the base as it was given: components may change it
+        self._base_fingerprint = storage.fingerprint(_base_parameters(base_model))
         self.hylorada_config = config
         self._unmerged = {}
         self.merged = is_merged
@@ -329,6 +332,7 @@ def get_lora_plus_param_groups(
     lr_magnitude: float = 1e-3,
     lr_position: float = 5e-4,
     lr_attention: float = 5e-4,
+    lr_landmark: float = 5e-4,
     weight_decay: float = 0.0,
     lora_plus_ratio: float = 1.0,
 ) -> list[dict[str, Any]]:
@@ -338,6 +342,7 @@ def get_lora_plus_param_groups(
         model: a HyLoRADAModel, or a wrapper of one.
         lr_lora: of A and B, and of trainable parameters of the base model.   lr_magnitude: of magnitudes and blends.
         lr_position: of the position bias.   lr_attention: of Direct Attention Adaptation.
+        lr_landmark: of the landmarks.
         weight_decay: of A, B and parameters of the base model; the others, whose neutral value is not 0, have none.
         lora_plus_ratio: the learning rate of B over that of A (LoRA+; Hayou et al. 2024).
     """
@@ -347,6 +352,7 @@ def get_lora_plus_param_groups(
         "residual_weight": lr_magnitude,
         "position_bias": lr_position,
         "daa": lr_attention,
+        "landmark": lr_landmark,
     }
     members: dict[str, list[nn.Parameter]] = {kind: [] for kind in rates}
     for name, parameter in model.named_parameters():
@@ -374,9 +380,6 @@ def _check(base_model: PreTrainedModel, config: HyLoRADAConfig) -> dict[str, nn.
         raise ValueError(f"{type(base_model).__name__} is adapted already; load the base model again to adapt it anew")
     if not isinstance(base_model, PreTrainedModel):
         raise TypeError(f"base_model must be a transformers PreTrainedModel, got {type(base_model).__name__}")
-    for field, component in UNBUILT_COMPONENTS.items():
-        if value := getattr(config, field):
-            raise NotImplementedError(f"{component} ({field}={value!r}) is not built yet; leave {field} at its default")
     for option, switch in config.idle_options().items():
         logger.warning(
             "%s=%r does nothing while %s is %r", option, getattr(config, option), switch, getattr(config, switch)
@@ -407,12 +410,7 @@ def _build_layer(linear: nn.Module, config: HyLoRADAConfig) -> UnifiedLayer:
 
 
 def _component_parameters(components: list[Component]) -> dict[str, nn.Parameter]:
-    return {
-        name: parameter
-        for component in components
-        if component.module is not None
-        for name, parameter in component.module.named_parameters(prefix=component.kind)
-    }
+    return {name: parameter for component in components for name, parameter in component.parameters().items()}
 
 
 def _fill(parameters: dict[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:

@@ -75,7 +75,7 @@ def logical_positions(
     if position_ids is not None:
         if position_ids.dim() > 2 or position_ids.shape[-1] != length:
             raise ValueError(
-                f"position bias needs position_ids of shape ({batch}, {length}) or (1, {length}), "
+                f"positions of tokens need position_ids of shape ({batch}, {length}) or (1, {length}), "
                 f"got {tuple(position_ids.shape)}"
             )
         return position_ids.reshape(-1, length)

@@ -270,6 +270,7 @@ class HyLoRADATrainer:
                 lr_magnitude=config.magnitude_learning_rate or config.learning_rate,
                 lr_position=config.position_learning_rate or config.learning_rate,
                 lr_attention=config.learning_rate,
+                lr_landmark=config.learning_rate,
                 weight_decay=config.weight_decay,
             )
         elif config.magnitude_learning_rate or config.position_learning_rate:

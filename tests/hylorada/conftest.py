@@ -76,6 +76,7 @@ def token_ids():
 # large enough to matter, small enough that a tiny network stays well conditioned
 NOISE = {"lora_a": 0.05, "lora_b": 0.03, "magnitude": 0.05, "residual_weight": 0.5, "table": 0.5, "weight": 0.5}
 NOISE |= {"temperature": 0.3, "distance_bias": 0.5}
+NOISE |= {"landmarks": 0.5, "gate": 0.5, "gamma": 1.0, "position": 0.5, "bias": 0.1}
 
 
 def disturb(model: nn.Module) -> nn.Module:

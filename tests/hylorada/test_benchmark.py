@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from transformers import AutoConfig
 
 from benchmarks import run_benchmark
 from hylorada.report import comparison_table
@@ -69,6 +70,16 @@ def test_methods_are_compared_on_equal_terms(run, tmp_path, capsys):
     assert sorted(path.name for path in directory.iterdir()) == ["loss.png", "report.md", "results.json"]
     assert comparison_table(rows) in capsys.readouterr().out
     assert comparison_table(rows) in (directory / "report.md").read_text()
+
+
+def test_embeddings_and_norms_train_at_scaled_positions(run, saved_model):
+    rope = ("--rope_scaling_type", "linear", "--rope_scaling_factor", 4)
+    code, (base, row) = run("--methods", "baseline", "lora", "--train_embeddings", "--train_norms", *rope)
+    assert code == 0 and row["perplexity_after"] < 0.9 * row["perplexity_before"]
+    # the scaled positions are another model than the base model
+    assert row["perplexity_before"] != pytest.approx(base["perplexity_before"], rel=1e-5)
+    vocabulary = AutoConfig.from_pretrained(saved_model).vocab_size
+    assert row["trainable_parameters"] == 2 * 8 * (2 * (32 + 32) + 2 * (32 + 16)) + 32 * vocabulary + 5 * 32
 
 
 def test_methods_are_compared_in_groups(run):
@@ -160,9 +171,8 @@ def test_results_survive_a_later_failure(run, tmp_path, monkeypatch):
         (["--s2_attn"], "--s2_attn changes nothing at --max_length 32: with --s2_group_size 2048"),
         (["--s2_attn", "--s2_group_size", "auto"], "the first border of a group is after 1024 tokens"),
         (["--s2_attn", "--s2_group_size", "0"], "s2_group_size must be at least 1, got 0"),
-        (["--train_embeddings"], "training of embeddings"),
-        (["--train_norms"], "training of norms"),
-        (["--rope_scaling_type", "yarn", "--rope_scaling_factor", "4"], "RoPE scaling"),
+        (["--train_embeddings", "positions"], "has no learned position table"),
+        (["--rope_scaling_type", "yarn", "--rope_scaling_factor", "0.5"], "rope_scaling_factor must be at least 1"),
     ],
 )
 def test_what_cannot_run_says_so_before_anything_does(run, capsys, tmp_path, arguments, message):

@@ -234,6 +234,8 @@ def test_counts_name_every_kind(make_model):
         "residual_weight": 4,
         "position_bias": 65,
         "daa": 0,
+        "landmark": 0,
+        "base": 0,
     } | {"trainable": 512 + 384 + 96 + 4 + 65}
 
 
@@ -357,10 +359,8 @@ def assert_unchanged(base, before):
         ({"lora_target_modules": ("self_attn",)}, ValueError, "match no linear layer"),
         ({"lora_target_modules": ("embed_tokens",)}, ValueError, "match no linear layer"),
         ({"lora_target_modules": ("q_proj", "lm_head")}, ValueError, "cannot scale the output head lm_head"),
-        ({"landmark_enabled": True}, NotImplementedError, r"LandmarkLoRA \(landmark_enabled=True\)"),
-        ({"train_embeddings": "tokens"}, NotImplementedError, r"embeddings \(train_embeddings='tokens'\)"),
-        ({"train_norms": True}, NotImplementedError, r"norms \(train_norms=True\)"),
-        ({"rope_scaling_type": "yarn"}, NotImplementedError, r"RoPE scaling \(rope_scaling_type='yarn'\)"),
+        ({"landmark_enabled": True, "landmark_gate": "sequence_mean"}, ValueError, "LlamaForCausalLM is causal"),
+        ({"train_embeddings": "positions"}, ValueError, "has no learned position table"),
     ],
 )
 def test_a_config_that_does_not_fit_changes_nothing(make_base, fields, error, message):
