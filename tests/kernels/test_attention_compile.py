@@ -26,7 +26,7 @@ KERNELS = {
 WITHOUT_PRODUCTS = {"sink_finish_kernel"}
 # with everything on: documents, sinks, dropout, a key head that serves heads with and without a shift
 EVERYTHING = {"shift": 1024, "shifted_heads": "half", "sink_tokens": 4, "documents": 9, "dropout_p": 0.1}
-# dtype, head dim, options; the last two do not fit into every target's registers and shared memory, see the op's kernel
+# dtype, head dim, options
 CASES = {
     "bf16 64 everything": (torch.bfloat16, 64, EVERYTHING),
     "bf16 64 plain": (torch.bfloat16, 64, {}),
@@ -35,13 +35,15 @@ CASES = {
     "bf16 128 bidirectional": (torch.bfloat16, 128, {**EVERYTHING, "causal": False}),
     "fp16 80 everything": (torch.float16, 80, EVERYTHING),
     "bf16 256 everything": (torch.bfloat16, 256, EVERYTHING),
+    "bf16 256 plain": (torch.bfloat16, 256, {}),
+    "bf16 128 everything, small groups": (torch.bfloat16, 128, {**EVERYTHING, "group_size": 16, "shift": 8}),
     "fp32 64 everything": (torch.float32, 64, EVERYTHING),
     "fp32 128 everything": (torch.float32, 128, EVERYTHING),
 }
-SLOW = {"bf16 128 bidirectional", "fp16 80 everything", "bf16 256 everything", "fp32 128 everything"}
+EVERYDAY = {"bf16 64 everything", "bf16 64 plain", "bf16 128 everything", "bf16 128 plain", "fp32 64 everything"}
 EVERY_CASE = [
     pytest.param(
-        target, case, marks=[pytest.mark.slow] if case in SLOW or target not in DEFAULT_TARGETS else [],
+        target, case, marks=[] if case in EVERYDAY and target in DEFAULT_TARGETS else [pytest.mark.slow],
     )
     for target in TARGETS
     for case in CASES
@@ -61,7 +63,7 @@ def reports(target, case):
 
     boundaries = None if documents is None else torch.empty(documents + 1, dtype=torch.int32, device="meta")
     with aot(target) as compiled, using("triton"):
-        y = shifted_attention(leaf(6), leaf(3), leaf(3), group_size=2048, cu_seqlens=boundaries, **options)
+        y = shifted_attention(leaf(6), leaf(3), leaf(3), cu_seqlens=boundaries, **{"group_size": 2048, **options})
         y.backward(torch.empty_like(y))
     return [(kernel.name, inspect(kernel.kernel, target)) for kernel in compiled]
 
