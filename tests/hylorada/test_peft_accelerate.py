@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import statistics
 
 import pytest
 import torch
@@ -17,8 +18,8 @@ from hylorada_kernels.testing import relative_error
 from tests.hylorada.conftest import FAMILIES
 
 METHODS = {
-    "lora": {},
-    "rslora": {"use_rslora": True},
+    "lora": {"use_dora": False},
+    "rslora": {"use_dora": False, "use_rslora": True},
     "dora": {"use_dora": True},
     "dora_rslora": {"use_dora": True, "use_rslora": True},
 }
@@ -124,10 +125,16 @@ def test_bf16_is_as_near_the_truth_as_peft_with_bf16_adapters(make_peft, token_i
     for parameter in in_bf16.parameters():
         parameter.data = parameter.data.bfloat16()
     expected = results(in_bf16, token_ids)
-    for name, value in truth.items():
+    for name in truth:
         assert fused[name].dtype == (adapters if "lora_" in name else torch.bfloat16)
-        budget = 1.5 * relative_error(expected[name], value) + 2**-8
-        assert relative_error(fused[name], value) <= budget, name
+    if family == "opt":
+        # a ReLU that rounding turns on or off moves the gradients by more than any rounding
+        truth = {"logits": truth["logits"]}
+    ratios = []
+    for name, value in truth.items():
+        ratios.append(relative_error(fused[name], value) / relative_error(expected[name], value))
+        assert ratios[-1] <= 2, name
+    assert statistics.geometric_mean(ratios) <= 1.15
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
