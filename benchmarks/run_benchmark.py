@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import logging
 import multiprocessing
 import statistics
@@ -91,8 +92,7 @@ def _run(options: argparse.Namespace) -> None:
     # each row has its own
     del settings["learning_rate"], settings["seed"]
     facts = {**provenance(), "model": options.model, "data": data, "settings": settings, "seed": options.seed}
-    directory = Path(options.output_dir) / datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
-    directory.mkdir(parents=True)
+    directory = _make_directory(Path(options.output_dir), datetime.now())
 
     rows: list[dict[str, Any]] = []
     for number, method in enumerate(options.methods, start=1):
@@ -103,6 +103,19 @@ def _run(options: argparse.Namespace) -> None:
         paths = write_report(rows, directory)
     print(f"\n{comparison_table(rows)}\n")
     print("\n".join(str(path) for path in paths))
+
+
+def _make_directory(parent: Path, now: datetime) -> Path:
+    """Make a folder named after the time; runs that start in one second are numbered from the second on."""
+    name = now.strftime("%Y-%m-%dT%H-%M-%S")
+    for number in itertools.count(1):
+        directory = parent / (name if number == 1 else f"{name}-{number}")
+        try:
+            directory.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return directory
+    raise AssertionError
 
 
 def _prepare(

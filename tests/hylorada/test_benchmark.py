@@ -1,6 +1,7 @@
 """The main job in small: a tiny model, local texts, every method, every file."""
 
 import json
+from datetime import datetime
 
 import pytest
 from transformers import AutoConfig
@@ -35,11 +36,12 @@ def run(saved_model, texts, tmp_path, monkeypatch):
     monkeypatch.setattr(run_benchmark, "_in_own_process", run_benchmark.run_method)
 
     def run(*arguments):
+        known = set((tmp_path / "results").glob("*"))
         shared = ["--model", saved_model, "--dataset", texts, "--output_dir", tmp_path / "results"]
         small = ["--max_length", 32, "--steps", 6, "--batch_size", 2, "--lr", 1e-2, "--num_test", 8]
         code = run_benchmark.main([str(argument) for argument in (*shared, *small, *arguments)])
-        files = list((tmp_path / "results").glob("*/results.json"))
-        return code, json.loads(files[0].read_text())["rows"] if files else []
+        new = set((tmp_path / "results").glob("*")) - known
+        return code, json.loads((new.pop() / "results.json").read_text())["rows"] if new else []
 
     return run
 
@@ -94,6 +96,13 @@ def test_methods_are_compared_in_groups(run):
         assert (row["settings"]["s2_group_size"], row["settings"]["s2_sink_tokens"]) == (8, 1)
     _, full = run("--methods", "lora", "--steps", 12)
     assert abs(full[0]["steps"][0]["loss"] - adapted[0]["steps"][0]["loss"]) > 1e-3
+
+
+def test_runs_of_one_second_have_folders_of_their_own(tmp_path):
+    now = datetime(2026, 1, 2, 3, 4, 5)
+    made = [run_benchmark._make_directory(tmp_path / "results", now) for _ in range(3)]
+    assert [path.name for path in made] == ["2026-01-02T03-04-05", "2026-01-02T03-04-05-2", "2026-01-02T03-04-05-3"]
+    assert all(path.is_dir() for path in made)
 
 
 def test_every_row_carries_its_circumstances(run, saved_model, texts):
