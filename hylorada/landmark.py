@@ -11,7 +11,7 @@ from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import ModelOutput
 
-from .position import bucket_starts, logical_positions
+from .position import CACHE_ARGUMENTS, bucket_starts, given_cache, logical_positions
 
 POSITION_BUCKETS = 64
 INIT_STD = 0.02
@@ -134,9 +134,10 @@ def find_head_input(model: PreTrainedModel) -> tuple[nn.Module, Tensor]:
 def check_gate(model: PreTrainedModel, backbone: nn.Module, gate: str) -> None:
     """ValueError where a gate would show later tokens to earlier ones, or has no place for its sums while decoding."""
     name = type(model).__name__
-    if gate == "prefix_mean" and not _takes(backbone, "past_key_values"):
+    if gate == "prefix_mean" and not any(_takes(backbone, argument) for argument in CACHE_ARGUMENTS):
         raise ValueError(
-            f'landmark_gate="prefix_mean" keeps its sums in past_key_values, which {name} does not take; use "token"'
+            f'landmark_gate="prefix_mean" keeps its sums in the cache, and {name} takes none of '
+            f'{", ".join(CACHE_ARGUMENTS)}; use "token"'
         )
     if gate == "sequence_mean":
         first, second = (_run(backbone, tokens)[:, 0] for tokens in ([0, 0], [0, 1]))
@@ -204,7 +205,7 @@ class LandmarkHook:
     def _add(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         given = dict(zip(self._argument_names, args, strict=False)) | kwargs
         hidden = output[0]
-        cache = given.get("past_key_values")
+        cache = given_cache(given)
         if cache is None:
             values = output.values() if isinstance(output, ModelOutput) else output
             cache = next((value for value in values if isinstance(value, Cache)), None)

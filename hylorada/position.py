@@ -3,7 +3,7 @@
 import inspect
 import threading
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 # of int64 positions; 64 log2 buckets would reach beyond
 MAX_POSITION = 2**62
+
+# a model's argument for its cache: the name since transformers 5.24, and the one before
+CACHE_ARGUMENTS = ("cache", "past_key_values")
 
 # where transformers' decoder layers and torch's checkpoint wrapper keep the function that they checkpoint with
 CHECKPOINT_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
@@ -87,6 +90,11 @@ def logical_positions(
     return torch.arange(length).unsqueeze(0) + past_length
 
 
+def given_cache(given: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a model's call, or None."""
+    return next((given[name] for name in CACHE_ARGUMENTS if given.get(name) is not None), None)
+
+
 def find_backbone(model: nn.Module, linears: set[nn.Module]) -> nn.Module:
     """The innermost module that takes token ids and holds all `linears`: they only run inside of its call."""
     backbone = model
@@ -144,7 +152,7 @@ class PositionScale:
         if tokens is None:
             raise ValueError("position bias needs input_ids or inputs_embeds in the model's call")
         batch, length = tokens.shape[:2]
-        cache = given.get("past_key_values")
+        cache = given_cache(given)
         positions = logical_positions(
             batch,
             length,
