@@ -1,6 +1,8 @@
-# Every target sets itself up in .venv. TORCH chooses the torch requirement, which is installed first and then kept.
+# Every target sets itself up in .venv. TORCH chooses the torch requirement, which is installed first and then kept;
+# CONSTRAINTS may name a file of pip constraints for all else, without which the newest releases are taken.
 PYTHON ?= python3
 TORCH ?= torch
+CONSTRAINTS ?=
 PYTEST_ARGS ?= -n auto --maxprocesses 4
 DEMO_ARGS ?=
 AOT_ARGS ?=
@@ -43,11 +45,11 @@ aot-report: $(INSTALLED)
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 
-$(INSTALLED): pyproject.toml setup.py $(VENV)/.torch-requirement
+$(INSTALLED): pyproject.toml setup.py $(CONSTRAINTS) $(VENV)/.torch-requirement
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install "$(TORCH)"
 	$(BIN)/python -c "from importlib.metadata import version; print('torch==' + version('torch'))" > $(VENV)/.torch-installed
-	$(BIN)/python -m pip install --constraint $(VENV)/.torch-installed --editable ".[demo,dev,peft]"
+	$(BIN)/python -m pip install --constraint $(VENV)/.torch-installed $(addprefix --constraint ,$(CONSTRAINTS)) --editable ".[demo,dev,peft]"
 	touch $@
 
 # rewritten, and so newer than the installation, only when TORCH changes
