@@ -22,7 +22,7 @@ in_triton = pytest.mark.parametrize(
     indirect=True,
 )
 # a kernel rounds where the ideal result rounds; the eager path and the library's product round a 16-bit product once
-# more (sqrt 2), and their gradients too
+# or, beside a position scale, twice more (sqrt 3), and their gradients too
 FACTOR = {"eager": 2.0, "library": 2.0, "fused": 1.2, "one_pass": 1.2}
 
 

@@ -28,7 +28,11 @@ EAGER = {
         "torch.lerp(torch.ones_like(ratio), ratio",
     ),
     "the position scale is dropped in dA": ("scaled_dh = dh if p_input is None else dh * p_input", "scaled_dh = dh"),
-    "the norm is stale": ("lora_b, scale=scale)\n    product", "0 * lora_b, scale=scale)\n    product"),
+    "the position scale is dropped from x": ("        x = x * p_input\n", "        x = x * 1\n"),
+    "the position scale is dropped from the product": ("        product *= p_input\n", ""),
+    "the position scale is dropped from the saved h": ("        h *= p_input\n", ""),
+    "the position scale meets the bias": ("(magnitude is not None or bias is None)", "True"),
+    "the norm is stale": ("lora_b, scale=scale)\n    gain", "0 * lora_b, scale=scale)\n    gain"),
     "dm misses the blend": ("        dm *= 1 - beta\n", ""),
 }
 KERNEL = {
@@ -83,6 +87,9 @@ def mutant_of(module, text, replacement, folder: Path):
 def assert_all_parity(backend):
     for bias in (False, True):
         assert_parity(linear_inputs(150, 50, 37, 6, dtype=torch.float32, bias=bias), backend)
+    # the narrower side takes the position scale, where no bias forbids it
+    assert_parity(linear_inputs(150, 37, 50, 6, dtype=torch.float32), backend)
+    assert_parity(linear_inputs(150, 50, 37, 6, dtype=torch.float32, magnitude=False, blend=False), backend)
     if backend == "triton":
         for route in ("one_pass", "library"):
             assert_parity(linear_inputs(20, 50, 37, 6, dtype=torch.float32), backend, route=route)

@@ -1,8 +1,8 @@
 """Hybrid linear in PyTorch, any device and dtype, with a hand-written backward. See op.py for the contract.
 
 The low-rank product is laid down first and the large GEMM adds onto it, so that a 16-bit sum is rounded once. With
-dz = g dy the backward is LoRA's. A position scale of the whole output is applied to x, in which y is linear: it then
-costs T x I, and its gradient is a row sum of dx * x.
+dz = g dy the backward is LoRA's. A position scale of the whole output is applied to x or to the product, in which y is
+linear but for the bias, whichever is narrower; either way its gradient is a row sum of dx * x.
 """
 
 import math
@@ -41,16 +41,20 @@ def forward(
     """
     nothing = x.new_empty(0)
     p_input, p_delta = _split_token_scale(token_scale, token_scale_target, x.dtype)
-    if p_input is not None:
+    scales_product = weight.shape[0] <= weight.shape[1] and (magnitude is not None or bias is None)
+    if p_input is not None and not scales_product:
         x = x * p_input
     thinned, mask = torch.native_dropout(x, dropout_p, True) if dropout_p else (x, x.new_empty(0, dtype=torch.bool))
     h = F.linear(thinned, lora_a.to(x.dtype))
+    product = _product(x, weight, h, lora_b, scale, p_delta, bias if magnitude is None else None)
+    if p_input is not None and scales_product:
+        product *= p_input
+        h *= p_input
     if magnitude is None:
-        return _product(x, weight, h, lora_b, scale, p_delta, bias), h, nothing, nothing, nothing, mask
+        return product, h, nothing, nothing, nothing, mask
     own_norm = nothing
     if norm is None:
         norm = own_norm = column_norm.forward(weight, lora_a, lora_b, scale=scale)
-    product = _product(x, weight, h, lora_b, scale, p_delta)
     gain = row_gain(magnitude, blend, norm)
     keep = save and bias is not None
     y = _scale_columns(product, gain, bias, in_place=not keep)
@@ -116,8 +120,7 @@ def backward(
         else:
             db = _factor_gradient(dz.T, weighted_h, scale, lora_b.dtype)
     if need_m or need_blend or need_norm:
-        shifted_x = x if p_input is None else x * p_input
-        dg, dbias = _gain_gradient(dy, kept, shifted_x, weight, h, lora_b, scale, p_delta, gain, bias, need_bias)
+        dg, dbias = _gain_gradient(dy, kept, x, weight, h, lora_b, scale, p_input, p_delta, gain, bias, need_bias)
         dm, dblend, dnorm = _gain_input_gradients(dg, magnitude, blend, norm, need_norm)
     if need_bias:
         dbias = (dbias if dbias.numel() else dy.sum(0)).to(bias.dtype)
@@ -179,6 +182,7 @@ def _gain_gradient(
     h: Tensor,
     lora_b: Tensor,
     scale: float,
+    p_input: Tensor | None,
     p_delta: Tensor | None,
     gain: Tensor,
     bias: Tensor | None,
@@ -186,15 +190,19 @@ def _gain_gradient(
 ) -> tuple[Tensor, Tensor]:
     """dg_j = sum_t dy_tj z_tj, and sum_t dy_tj, empty unless it was needed and came for free."""
     kept_is_output = bias is None and kept.numel() > 0
-    product = kept if kept.numel() else _product(x, weight, h, lora_b, scale, p_delta)
+
+    def product_of(rows: Tensor | slice) -> Tensor:
+        scaled_x = x if p_input is None else x * p_input
+        return _product(scaled_x, weight[rows], h, lora_b[rows], scale, p_delta)
+
+    product = kept if kept.numel() else product_of(slice(None))
     sums, dbias = _column_sums(dy, product, gain.dtype, need_bias)
     if not kept_is_output:
         return sums, dbias
     dg = sums / gain
     small = gain.abs() < SMALL_GAIN
     if small.any():
-        product = _product(x, weight[small], h, lora_b[small], scale, p_delta)
-        dg[small] = _column_sums(dy[:, small], product, gain.dtype, False)[0]
+        dg[small] = _column_sums(dy[:, small], product_of(small), gain.dtype, False)[0]
     return dg, dbias
 
 
