@@ -4,25 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .config import HyLoRADAConfig
+from .config import PRESETS, HyLoRADAConfig
 
-# the adapted linear as plain low-rank adaptation: no magnitude, no blend, no position bias, the usual initial values
-_LORA: dict[str, Any] = {
-    "use_rslora": False,
-    "use_dora_magnitude": False,
-    "use_blend": False,
-    "position_bias_enabled": False,
-    "lora_init": "kaiming",
-}
-
-METHODS: dict[str, dict[str, Any] | None] = {
-    "baseline": None,
-    "lora": _LORA,
-    "rslora": {**_LORA, "use_rslora": True},
-    "dora": {**_LORA, "use_dora_magnitude": True},
-    "lorada": {**_LORA, "daa_enabled": True},
-    "hylorada": {},
-}
+METHODS: dict[str, dict[str, Any] | None] = {"baseline": None, **PRESETS}
 
 _PLANNED = ("full", "longlora", "sparse")
 

@@ -2,9 +2,13 @@
 
 import dataclasses
 import difflib
+import json
 import math
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 DEFAULT_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "c_attn", "c_proj")
@@ -45,6 +49,24 @@ _CHOICES = {
     "rope_scaling_type": (None, "linear", "dynamic", "yarn", "auto"),
     "mixed_precision": ("bf16", "fp16", "fp32"),
 }
+# the adapted linear as plain low-rank adaptation: no magnitude, no blend, no position bias, the usual initial values
+_LORA: dict[str, Any] = {
+    "use_rslora": False,
+    "use_dora_magnitude": False,
+    "use_blend": False,
+    "position_bias_enabled": False,
+    "lora_init": "kaiming",
+}
+# the fields that make a config a method
+PRESETS: dict[str, dict[str, Any]] = {
+    "lora": _LORA,
+    "rslora": {**_LORA, "use_rslora": True},
+    "dora": {**_LORA, "use_dora_magnitude": True},
+    "lorada": {**_LORA, "daa_enabled": True},
+    "hylorada": {},
+}
+# YAML 1.1 reads 2e-4 as a text
+_EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
 
 
 @dataclass(frozen=True)
@@ -155,6 +177,16 @@ class HyLoRADAConfig:
             )
 
     @classmethod
+    def preset(cls, name: str, **overrides: Any) -> "HyLoRADAConfig":
+        """The config of a method. The fields in `overrides` win.
+
+        name: "lora", "rslora", "dora", "lorada" (LoRA and Direct Attention Adaptation) or "hylorada".
+        """
+        if name not in PRESETS:
+            raise ValueError(f"there is no preset {name!r}; use one of {', '.join(PRESETS)}")
+        return cls.from_dict(PRESETS[name] | overrides)
+
+    @classmethod
     def for_context_length(cls, max_length: int, model_max_length: int = 1024, **overrides: Any) -> "HyLoRADAConfig":
         """The components that a context length is worth.
 
@@ -181,6 +213,34 @@ class HyLoRADAConfig:
         """Every field, in values that JSON knows."""
         return dataclasses.asdict(self) | {"lora_target_modules": list(self.lora_target_modules)}
 
+    def save(self, path: str | os.PathLike) -> None:
+        """Write every field to a .yaml, .yml or .json file."""
+        path = _known_suffix(path)
+        if path.suffix == ".json":
+            text = json.dumps(self.to_dict(), indent=2) + "\n"
+        else:
+            import yaml
+
+            text = yaml.safe_dump(self.to_dict(), sort_keys=False)
+        path.write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "HyLoRADAConfig":
+        """The config in a .yaml, .yml or .json file; fields that are absent take their defaults.
+
+        Raises:
+            FileNotFoundError: no such file.   TypeError, ValueError: not such a file, an unknown field, a wrong value.
+        """
+        path = _known_suffix(path)
+        text = path.read_text(encoding="utf-8")
+        try:
+            values = json.loads(text) if path.suffix == ".json" else _parse_yaml(text)
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} must hold fields and their values, such as lora_rank: 8, got {values!r}")
+        return cls.from_dict(values)
+
     def idle_options(self) -> dict[str, str]:
         """The options that are not at their defaults and do nothing, each with its switch that is off."""
         return {
@@ -199,6 +259,26 @@ class HyLoRADAConfig:
                 hint = f"did you mean {close[0]!r}?" if close else f"the fields are {', '.join(known)}"
                 raise ValueError(f"HyLoRADAConfig has no field {name!r}; {hint}")
         return cls(**values)
+
+
+def _known_suffix(path: str | os.PathLike) -> Path:
+    path = Path(path)
+    if path.suffix not in (".yaml", ".yml", ".json"):
+        raise ValueError(f"the file of a config ends in .yaml, .yml or .json, got {str(path)!r}")
+    return path
+
+
+def _parse_yaml(text: str) -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """YAML 1.1, and numbers such as 2e-4."""
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"it is no YAML: {error}") from error
 
 
 def _checked(name: str, declared: Any, value: Any) -> Any:

@@ -14,8 +14,9 @@ from hylorada_kernels.nn import HybridLinear
 
 from . import storage
 from .components import COMPONENTS, Component, groups_of
-from .config import DEFAULT_TARGET_MODULES, HyLoRADAConfig
+from .config import DEFAULT_TARGET_MODULES, SWITCHES, HyLoRADAConfig
 from .daa import DirectAttention
+from .embeddings import norm_parameters
 from .estimate import memory_estimate
 from .landmark import LandmarkLoRA
 from .lora import (
@@ -31,6 +32,20 @@ from .position import PositionBias
 
 logger = logging.getLogger(__name__)
 
+# the parts of the method, as get_component_status names them: the option that switches each on, and its parameters
+_PARTS = {
+    "lora": ("lora_rank", ("lora_a", "lora_b")),
+    "dora": ("use_dora_magnitude", ("magnitude",)),
+    "blend": ("use_blend", ("residual_weight",)),
+    "position_bias": ("position_bias_enabled", ("position_bias",)),
+    "s2_attention": ("s2_attn_enabled", ()),
+    "daa": ("daa_enabled", ("daa",)),
+    "landmark": ("landmark_enabled", ("landmark",)),
+    "rope_scaling": ("rope_scaling_type", ()),
+    "embeddings": ("train_embeddings", ("embeddings",)),
+    "norms": ("train_norms", ("norms",)),
+}
+_LORA_OPTIONS = ("lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "lora_init")
 COMPONENT_KINDS = tuple(component.kind for component in COMPONENTS)
 _OTHER_BASE_OF_A_MERGED_MODEL = "pass base_model=None, or a base of the same architecture"
 _FOREIGN_FULL_MODEL = "the full model beside the adapter is not the one that was saved with it; save or copy it again"
@@ -121,6 +136,35 @@ class HyLoRADAModel(nn.Module):
         counts = self.count_params()
         share = counts["trainable"] / counts["total"]
         print(f"Trainable params: {_readable(counts['trainable'])} / {_readable(counts['total'])} ({share:.2%})")
+
+    def get_component_status(self) -> dict[str, dict[str, Any]]:
+        """What every part of the method does in this model, by its name ("lora", "dora", "position_bias", ...).
+
+        state: "on"; "off"; "merged" into the base weights; or "training": on in train mode only, where shifted
+            sparse attention evaluates with full attention.
+        parameters: how many numbers of the part are trained.   options: its fields of the config.
+        """
+        config, counts = self.hylorada_config, self.count_params()
+        norms = norm_parameters(self.base_model)
+        own = self.adapter_parameters()
+        counts["norms"] = sum(parameter.numel() for name, parameter in own.items() if name in norms)
+        counts["embeddings"] = counts["base"] - counts["norms"]
+        status: dict[str, dict[str, Any]] = {}
+        for part, (switch, kinds) in _PARTS.items():
+            options = [switch, *(option for option, of in SWITCHES.items() if of == switch)]
+            is_on = bool(getattr(config, switch)) and not (part == "blend" and not config.use_dora_magnitude)
+            state = "on" if is_on else "off"
+            if is_on and self.merged and part in ("lora", "dora", "blend"):
+                state = "merged"
+            elif part == "s2_attention" and is_on and not config.s2_eval:
+                state = "training"
+            status[part] = {
+                "state": state,
+                "parameters": sum(counts[kind] for kind in kinds),
+                "options": {option: getattr(config, option) for option in options},
+            }
+        status["lora"]["options"] |= {option: getattr(config, option) for option in _LORA_OPTIONS}
+        return status
 
     def get_memory_estimate(self, seq_len: int, batch_size: int = 1) -> dict[str, float]:
         """What a training step on (batch_size, seq_len) tokens needs; see `memory_estimate` for the numbers."""

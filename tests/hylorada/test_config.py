@@ -8,6 +8,8 @@ import sys
 import pytest
 
 from hylorada import HyLoRADAConfig
+from hylorada.baselines import baseline_config
+from hylorada.config import PRESETS
 
 
 def test_defaults_are_those_of_the_documented_call():
@@ -62,6 +64,67 @@ def test_round_trip_through_json_keeps_every_field():
     )
     assert HyLoRADAConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert set(config.to_dict()) == {field.name for field in dataclasses.fields(config)}
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "yml", "json"])
+def test_round_trip_through_a_file_keeps_every_field(tmp_path, suffix):
+    config = HyLoRADAConfig(
+        lora_alpha=1e-5,
+        lora_target_modules=["on", "b.c"],
+        train_embeddings="positions",
+        rope_scaling_type="yarn",
+        rope_scaling_factor=4,
+        use_blend=False,
+    )
+    path = tmp_path / f"config.{suffix}"
+    config.save(path)
+    assert HyLoRADAConfig.load(path) == config
+    HyLoRADAConfig().save(str(path))
+    assert HyLoRADAConfig.load(str(path)) == HyLoRADAConfig()
+
+
+def test_a_file_may_hold_a_few_fields(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("lora_alpha: 2e1  # twice the default rank and more\nlora_target_modules: [q_proj]\n")
+    assert HyLoRADAConfig.load(path) == HyLoRADAConfig(lora_alpha=20.0, lora_target_modules=("q_proj",))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.toml", "", "ends in .yaml, .yml or .json, got"),
+        ("a.yaml", "lora_rank: [", "a.yaml cannot be read: it is no YAML"),
+        ("a.json", "{", "a.json cannot be read: "),
+        ("a.yaml", "", "must hold fields and their values, such as lora_rank: 8, got None"),
+        ("a.json", "[8]", r"must hold fields and their values, such as lora_rank: 8, got \[8\]"),
+        ("a.yaml", "lora_rnak: 8", "did you mean 'lora_rank'"),
+        ("a.yaml", "lora_rank: 0", "lora_rank must be at least 1, got 0"),
+    ],
+)
+def test_a_file_that_is_no_config_is_refused(tmp_path, name, text, message):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        HyLoRADAConfig.load(path)
+
+
+def test_a_config_is_not_saved_under_an_unknown_suffix(tmp_path):
+    with pytest.raises(ValueError, match=r"ends in \.yaml, \.yml or \.json"):
+        HyLoRADAConfig().save(tmp_path / "config.txt")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_the_method_and_overrides_win(name):
+    assert HyLoRADAConfig.preset(name) == HyLoRADAConfig(**PRESETS[name]) == baseline_config(name)
+    assert HyLoRADAConfig.preset(name, use_rslora=True, lora_rank=3).lora_rank == 3
+    assert HyLoRADAConfig.preset(name, use_rslora=True).use_rslora
+
+
+def test_presets_differ_and_an_unknown_one_is_refused():
+    assert len({str(HyLoRADAConfig.preset(name)) for name in PRESETS}) == len(PRESETS)
+    with pytest.raises(ValueError, match="no preset 'qlora'; use one of lora, rslora, dora, lorada, hylorada"):
+        HyLoRADAConfig.preset("qlora")
 
 
 def test_config_cannot_be_changed_but_replaced():

@@ -1,11 +1,16 @@
 """Landmarks, longer texts, trained embeddings and norms as parts of one model: start, files, merges, decoding."""
 
+import copy
+
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from hylorada import HyLoRADAConfig, HyLoRADAModel, get_lora_plus_param_groups
+from hylorada.data import collate
 from hylorada.embeddings import find_position_table
 from hylorada.rope import RopeScaling, find_rotary_modules
+from hylorada.trainer import HyLoRADATrainer, TrainingConfig
 
 EVERYTHING = {
     "landmark_enabled": True,
@@ -46,6 +51,100 @@ def test_every_trainable_parameter_has_a_gradient_and_is_saved(make_model, famil
     assert counts["landmark"] == 2 * 8 * 32 + 1 + 64 * 8 and counts["base"] > 97 * 32
     groups = {group["name"]: sum(p.numel() for p in group["params"]) for group in get_lora_plus_param_groups(model)}
     assert groups["landmark"] == counts["landmark"] and groups["base"] == counts["base"]
+
+
+# every part of the method at once; beside groups the attention learns its temperature only
+ALL_PARTS = EVERYTHING | {"s2_attn_enabled": True, "s2_group_size": 8, "daa_enabled": True, "daa_num_buckets": 0}
+
+
+@pytest.mark.parametrize("start", [True, False])
+def test_every_part_gets_a_gradient_in_every_step_of_a_run(make_model, family, start):
+    model = make_model(family, start=start, gradient_checkpointing=True, **ALL_PARTS, **LONGER)
+    rows = [{"input_ids": row.tolist()} for row in long_ids(24).repeat(2, 1)]
+    optimizer = torch.optim.AdamW(get_lora_plus_param_groups(model))
+    without_gradient = []
+
+    def watch(*_):
+        own = model.adapter_parameters()
+        without_gradient.append([name for name, parameter in own.items() if parameter.grad is None])
+
+    optimizer.register_step_pre_hook(watch)
+    loader = DataLoader(rows, batch_size=1, collate_fn=collate)
+    options = {"gradient_accumulation_steps": 2, "num_epochs": 2, "mixed_precision": "fp32", "show_progress": False}
+    result = HyLoRADATrainer(model, loader, config=TrainingConfig(**options), optimizer=optimizer).train()
+    assert len(result.steps) == 4 and without_gradient == [[]] * 4
+
+
+def steps_with_every_part(model, samples):
+    """The gradients of three steps and the parameters behind them, on the `samples` of the texts."""
+    trained = {name.removeprefix("module."): p for name, p in model.named_parameters() if p.requires_grad}
+    # AdamW would divide what is zero but for rounding by its own size
+    optimizer = torch.optim.SGD(trained.values(), lr=0.1)
+    found = {}
+    for step in range(3):
+        ids = torch.randint(3, 97, (4, 20), generator=torch.Generator().manual_seed(step))[samples]
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        found |= {f"gradient {step} of {name}": parameter.grad.clone() for name, parameter in trained.items()}
+        optimizer.step()
+    return found | {name: parameter.detach().clone() for name, parameter in trained.items()}
+
+
+def data_parallel_steps(rank, options):
+    # the processes share the memory of what they are given
+    model = copy.deepcopy(options["model"])
+    # a parameter without a gradient is an error at its second step
+    model = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=False)
+    return steps_with_every_part(model, slice(rank, None, 2))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_two_processes_train_every_part_as_one_does(make_model, tmp_path, family):
+    from tests.kernels.test_distributed import in_processes
+
+    def model():
+        return make_model(family, dtype=torch.float64, **ALL_PARTS, **LONGER).train()
+
+    expected = steps_with_every_part(model(), slice(None))
+    first, second = in_processes(data_parallel_steps, tmp_path, {"model": model()})
+    assert first.keys() == second.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(first[name], second[name]), name
+        # the position bias, the landmarks and what is fp32 inside of the model keep the digits of fp32
+        torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-7, msg=lambda text, name=name: name + text)
+
+
+def test_status_names_every_part(make_model):
+    model = make_model(**ALL_PARTS, **LONGER)
+    status, counts = model.get_component_status(), model.count_params()
+    assert sum(part["parameters"] for part in status.values()) == counts["trainable"]
+    states = {name: part["state"] for name, part in status.items()}
+    assert states == dict.fromkeys(status, "on") | {"s2_attention": "training"}
+    assert status["landmark"]["parameters"] == counts["landmark"]
+    assert status["norms"]["parameters"] == 5 * 32
+    assert status["embeddings"] == {
+        "state": "on",
+        "parameters": counts["base"] - 5 * 32,
+        "options": {"train_embeddings": "all"},
+    }
+    assert status["rope_scaling"]["options"] == {"rope_scaling_type": "auto", "rope_scaling_factor": 2.0}
+    assert status["lora"]["options"]["lora_rank"] == 4
+    # an option has one place
+    options = [option for part in status.values() for option in part["options"]]
+    assert len(options) == len(set(options))
+    model.merge_lora_weights()
+    status = model.get_component_status()
+    merged = {name: part["parameters"] for name, part in status.items() if part["state"] == "merged"}
+    assert merged == {"lora": 0, "dora": 0, "blend": 0}
+    assert status["position_bias"]["state"] == "on" and status["position_bias"]["parameters"] == 65
+
+
+def test_status_of_a_plain_adapter(make_model):
+    model = make_model(**{**HyLoRADAConfig.preset("lora").to_dict(), "lora_rank": 4, "use_blend": True})
+    status = model.get_component_status()
+    assert {name for name, part in status.items() if part["state"] != "off"} == {"lora"}
+    assert status["lora"]["parameters"] == model.count_params()["trainable"] > 0
+    assert all(part["parameters"] == 0 for name, part in status.items() if name != "lora")
 
 
 @pytest.mark.parametrize("merge", [False, True])
