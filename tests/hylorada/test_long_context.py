@@ -1,14 +1,17 @@
 """Landmarks, longer texts, trained embeddings and norms as parts of one model: start, files, merges, decoding."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from hylorada import HyLoRADAConfig, HyLoRADAModel, get_lora_plus_param_groups
 from hylorada.data import collate
 from hylorada.embeddings import find_position_table
+from hylorada.lora import adapted_layers
 from hylorada.rope import RopeScaling, find_rotary_modules
 from hylorada.trainer import HyLoRADATrainer, TrainingConfig
 
@@ -168,6 +171,53 @@ def test_a_loaded_model_computes_the_same(make_model, make_base, family, tmp_pat
         model.merge_lora_weights()
         model.unmerge_lora_weights()
         assert torch.equal(model(ids).logits, expected)
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is computed; views cost nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[function.overloadpacket] += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def operations(model, ids):
+    with torch.no_grad(), Operations() as counter:
+        model(ids)
+    return +counter.counts
+
+
+def test_what_is_merged_costs_nothing(make_model, make_base, family, token_ids):
+    base, trained = make_base(family), {"train_embeddings": "all", "train_norms": True}
+    model = make_model(family, position_bias_enabled=False, **trained)
+    assert operations(model, token_ids) != operations(base, token_ids)
+    model.merge_lora_weights()
+    assert operations(model, token_ids) == operations(base, token_ids)
+    assert [type(part) for part in model.base_model.modules()] == [type(part) for part in base.modules()]
+
+
+@pytest.mark.parametrize(
+    ("fields", "module", "most"),
+    [
+        # the scale is made once and then multiplies the input of every linear
+        ({"position_bias_enabled": True}, "position_bias", lambda linears: linears + 16),
+        ({"position_bias_enabled": False, "landmark_enabled": True}, "landmark", lambda _: 16),
+    ],
+    ids=["position_bias", "landmark"],
+)
+def test_what_cannot_be_merged_stays_as_one_thin_module(make_model, make_base, family, token_ids, fields, module, most):
+    base = make_base(family)
+    model = make_model(family, **fields)
+    linears = len(adapted_layers(model))
+    model.merge_lora_weights()
+    assert [name for name, _ in model.named_children() if name != "base_model"] == [module]
+    assert [type(part) for part in model.base_model.modules()] == [type(part) for part in base.modules()]
+    added = operations(model, token_ids) - operations(base, token_ids)
+    assert 0 < added.total() <= most(linears)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
