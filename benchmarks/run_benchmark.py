@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hylorada.baselines import METHODS, baseline_config
+from hylorada.baselines import METHODS, baseline_config, get_baseline_model
 from hylorada.config import HyLoRADAConfig
 from hylorada.data import Block, Document, load_documents, make_dataloader, pad_token_id, split_documents, token_blocks
 from hylorada.evaluation import evaluate_perplexity
@@ -34,6 +34,7 @@ from hylorada.pretrained import SMOLLM2, load_pretrained
 from hylorada.provenance import provenance
 from hylorada.report import comparison_table, write_report
 from hylorada.s2_attention import SMALLEST_AUTO_GROUP
+from hylorada.sparse import find_mlp_outputs
 from hylorada.trainer import HyLoRADATrainer, StepRecord, TrainingConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -78,14 +79,15 @@ def _run(options: argparse.Namespace) -> None:
     overrides = _overrides(options)
     # a name or a value that no method takes shows before anything is downloaded
     configs = {method: baseline_config(method, **overrides) for method in options.methods}
-    adapted = {method: config for method, config in configs.items() if config is not None}
-    rates = _learning_rates(options.lr, list(adapted))
+    rates = _learning_rates(options.lr, [method for method in options.methods if method != "baseline"])
     for rate in (*rates.values(), TrainingConfig.learning_rate):
         _training_config(options, rate)
     documents = load_documents(options.dataset)
     model, tokenizer = load_pretrained(options.model, DTYPES[options.dtype])
     # likewise what the model rules out, or an option that all methods share, before anything is measured
-    for config in list(adapted.values())[-1:]:
+    if "sparse" in options.methods:
+        find_mlp_outputs(model)
+    for config in [config for config in configs.values() if config is not None][-1:]:
         HyLoRADAModel(model, config)
     comparison, data = _prepare(options, documents, tokenizer, overrides, rates)
     settings = {"dtype": options.dtype, **overrides, **dataclasses.asdict(comparison.training)}
@@ -162,16 +164,13 @@ def _in_own_process(comparison: Comparison, method: str) -> dict[str, Any]:
 def run_method(comparison: Comparison, method: str) -> dict[str, Any]:
     """Evaluate one method, train it, evaluate it again; return what was measured."""
     torch.manual_seed(comparison.training.seed)
-    model: nn.Module
-    model, tokenizer = load_pretrained(comparison.model, DTYPES[comparison.dtype])
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    config = baseline_config(method, **comparison.overrides)
-    if config is not None:
-        model = HyLoRADAModel(model, config)
+    base, tokenizer = load_pretrained(comparison.model, DTYPES[comparison.dtype])
+    base.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = get_baseline_model(method, base, **comparison.overrides)
 
     with peak_memory() as peak:
         before = _perplexity(model, tokenizer, comparison)
-    if config is None:
+    if method == "baseline":
         return _measurements(0, None, before, before, peak, [])
 
     training = dataclasses.replace(comparison.training, learning_rate=comparison.rates[method])

@@ -1,31 +1,62 @@
-"""The methods of a comparison, each a configuration of one model."""
+"""The methods of a comparison, each one model: trained whole, trained in parts, or as it is."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+from transformers import PreTrainedModel
+
 from .config import PRESETS, HyLoRADAConfig
+from .model import HyLoRADAModel, enable_checkpointing
+from .sparse import add_sparse_adapters
 
-METHODS: dict[str, dict[str, Any] | None] = {"baseline": None, **PRESETS}
-
-_PLANNED = ("full", "longlora", "sparse")
+# the methods that are no configuration of HyLoRADAModel
+_OTHERS = ("baseline", "full", "sparse")
+METHODS = (*_OTHERS, *PRESETS)
 
 
 def baseline_config(name: str, **overrides: Any) -> HyLoRADAConfig | None:
-    """Return the configuration of a method, or None for "baseline": the model as it is.
+    """The configuration of a method; None for "baseline", "full" and "sparse", which are other models.
 
-    name: "baseline", "lora" (alpha / R), "rslora" (alpha / sqrt(R)), "dora" (LoRA and a learned row norm),
-        "lorada" (LoRA and Direct Attention Adaptation), "hylorada"
+    name: one of METHODS; see `get_baseline_model`
     overrides: fields of HyLoRADAConfig that every method of a comparison shares: rank, targets, dropout
+
+    Raises:
+        ValueError: an unknown method, or an override that would make it another one.
     """
-    if name in _PLANNED:
-        raise NotImplementedError(f"method {name!r} is not built yet: use one of {', '.join(METHODS)}")
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}: use one of {', '.join(METHODS)}")
-    fixed = METHODS[name]
-    if fixed is None:
+    if name in _OTHERS:
         return None
-    clash = sorted(set(fixed) & set(overrides))
+    clash = sorted(set(PRESETS[name]) & set(overrides))
     if clash:
         raise ValueError(f"method {name!r} decides {', '.join(clash)} itself: leave out what would change the method")
-    return HyLoRADAConfig(**fixed, **overrides)
+    return HyLoRADAConfig.preset(name, **overrides)
+
+
+def get_baseline_model(name: str, base_model: PreTrainedModel, **overrides: Any) -> nn.Module:
+    """The model of a method, with what the method trains requiring a gradient. `base_model` is changed.
+
+    Args:
+        name: "baseline", nothing is trained; "full", everything is; "lora" (alpha / R); "rslora" (alpha / sqrt(R));
+            "dora" (LoRA and a learned row norm); "lorada" (LoRA and Direct Attention Adaptation); "longlora" (LoRA,
+            shifted sparse attention by heads, trained embeddings and norms); "sparse" (adapters of lora_rank units
+            behind every MLP, half of them active); "hylorada".
+        overrides: fields of HyLoRADAConfig that every method of a comparison shares. "baseline" has no use for them,
+            "full" for gradient_checkpointing and "sparse" for that and lora_rank only.
+
+    Raises:
+        ValueError: an unknown method, an override that would make it another one, or a model that does not fit.
+    """
+    config = baseline_config(name, **overrides)
+    if config is not None:
+        return HyLoRADAModel(base_model, config)
+    shared = HyLoRADAConfig(**overrides)
+    if name == "sparse":
+        add_sparse_adapters(base_model, shared.lora_rank, (shared.lora_rank + 1) // 2)
+    else:
+        base_model.requires_grad_(name == "full")
+    if name != "baseline" and shared.gradient_checkpointing and base_model.supports_gradient_checkpointing:
+        enable_checkpointing(base_model, {"use_reentrant": False})
+    return base_model

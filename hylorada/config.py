@@ -63,6 +63,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "rslora": {**_LORA, "use_rslora": True},
     "dora": {**_LORA, "use_dora_magnitude": True},
     "lorada": {**_LORA, "daa_enabled": True},
+    "longlora": {
+        **_LORA,
+        "s2_attn_enabled": True,
+        "s2_shift_mode": "heads",
+        "train_embeddings": "tokens",
+        "train_norms": True,
+    },
     "hylorada": {},
 }
 # YAML 1.1 reads 2e-4 as a text
@@ -180,7 +187,8 @@ class HyLoRADAConfig:
     def preset(cls, name: str, **overrides: Any) -> "HyLoRADAConfig":
         """The config of a method. The fields in `overrides` win.
 
-        name: "lora", "rslora", "dora", "lorada" (LoRA and Direct Attention Adaptation) or "hylorada".
+        name: "lora", "rslora", "dora", "lorada" (LoRA and Direct Attention Adaptation), "longlora" (LoRA, shifted
+            sparse attention by heads, trained embeddings and norms) or "hylorada".
         """
         if name not in PRESETS:
             raise ValueError(f"there is no preset {name!r}; use one of {', '.join(PRESETS)}")

@@ -174,7 +174,7 @@ class HyLoRADAModel(nn.Module):
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Switch on the base model's gradient checkpointing, non-reentrant unless {"use_reentrant": True} is given."""
         options = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
-        _enable_checkpointing(self.base_model, options)
+        enable_checkpointing(self.base_model, options)
 
     def gradient_checkpointing_disable(self) -> None:
         """Switch off the base model's gradient checkpointing."""
@@ -325,7 +325,7 @@ class HyLoRADAModel(nn.Module):
             if saved is not None:
                 _fill(adapter_parameters(layers) | _component_parameters(components), saved.tensors)
             if config.gradient_checkpointing and base_model.supports_gradient_checkpointing:
-                _enable_checkpointing(base_model, {"use_reentrant": False})
+                enable_checkpointing(base_model, {"use_reentrant": False})
         except BaseException:
             for parameter in was_trainable:
                 parameter.requires_grad_(True)
@@ -463,7 +463,8 @@ def _fill(parameters: dict[str, nn.Parameter], tensors: Mapping[str, Tensor]) ->
         parameter.data = tensors[name].to(parameter.device)
 
 
-def _enable_checkpointing(base_model: PreTrainedModel, options: dict[str, Any]) -> None:
+def enable_checkpointing(base_model: PreTrainedModel, options: dict[str, Any]) -> None:
+    """Switch on a base model's gradient checkpointing, as its own options say."""
     # transformers makes the embeddings' output require a gradient, which only reentrant checkpointing needs: elsewhere
     # it costs a backward through the first layer's frozen weights, and its hook is a closure that cannot be pickled
     base_model.disable_input_require_grads()

@@ -16,7 +16,7 @@ FLOORS = [
     ["assets", "config", "memory", "provenance", "report", "row_attention"],
     ["data", "pretrained", "position", "storage"],
     ["daa", "embeddings", "landmark", "lora", "rope", "evaluation"],
-    ["s2_attention"],
+    ["s2_attention", "sparse"],
     ["components", "estimate"],
     ["model"],
     ["baselines", "trainer", "integrations.peft_files"],

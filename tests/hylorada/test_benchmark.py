@@ -167,7 +167,6 @@ def test_results_survive_a_later_failure(run, tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (["--methods", "lora", "qlora"], "unknown method 'qlora'"),
-        (["--methods", "lora", "longlora"], "method 'longlora' is not built yet"),
         (["--dataset", "pg19"], "dataset 'pg19' is not built yet"),
         (["--dataset", "nowhere"], "unknown dataset 'nowhere'"),
         (["--model", "no-such/model"], "model 'no-such/model' cannot be had"),

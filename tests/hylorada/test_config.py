@@ -123,7 +123,9 @@ def test_a_preset_is_the_method_and_overrides_win(name):
 
 def test_presets_differ_and_an_unknown_one_is_refused():
     assert len({str(HyLoRADAConfig.preset(name)) for name in PRESETS}) == len(PRESETS)
-    with pytest.raises(ValueError, match="no preset 'qlora'; use one of lora, rslora, dora, lorada, hylorada"):
+    with pytest.raises(
+        ValueError, match="no preset 'qlora'; use one of lora, rslora, dora, lorada, longlora, hylorada"
+    ):
         HyLoRADAConfig.preset("qlora")
 
 

@@ -9,8 +9,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hylorada import HyLoRADAConfig, HyLoRADAModel, UnifiedLayer, get_lora_plus_param_groups
-from hylorada.baselines import METHODS as METHODS_BY_NAME
-from hylorada.baselines import baseline_config
+from hylorada.config import PRESETS
 from hylorada.lora import adapted_layers
 
 PLAIN = {"use_dora_magnitude": False, "use_blend": False, "position_bias_enabled": False}
@@ -473,7 +472,7 @@ def test_an_option_whose_switch_is_off_is_warned_about(make_base, caplog, option
         HyLoRADAConfig(use_dora_magnitude=False),
         HyLoRADAConfig(position_bias_enabled=False),
         HyLoRADAConfig.for_context_length(512),
-        *(baseline_config(name) for name in METHODS_BY_NAME if name != "baseline"),
+        *(HyLoRADAConfig.preset(name) for name in PRESETS),
     ],
 )
 def test_presets_are_not_warned_about(make_base, caplog, config):
