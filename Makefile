@@ -49,7 +49,7 @@ $(INSTALLED): pyproject.toml setup.py $(CONSTRAINTS) $(VENV)/.torch-requirement
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install "$(TORCH)"
 	$(BIN)/python -c "from importlib.metadata import version; print('torch==' + version('torch'))" > $(VENV)/.torch-installed
-	$(BIN)/python -m pip install --constraint $(VENV)/.torch-installed $(addprefix --constraint ,$(CONSTRAINTS)) --editable ".[demo,dev,peft]"
+	$(BIN)/python -m pip install --constraint $(VENV)/.torch-installed $(addprefix --constraint ,$(CONSTRAINTS)) --editable ".[data,demo,dev,docs,peft,quantized,tensorboard]"
 	touch $@
 
 # rewritten, and so newer than the installation, only when TORCH changes
