@@ -168,7 +168,7 @@ class HyLoRADAModel(nn.Module):
 
     def get_memory_estimate(self, seq_len: int, batch_size: int = 1) -> dict[str, float]:
         """What a training step on (batch_size, seq_len) tokens needs; see `memory_estimate` for the numbers."""
-        config, adapter = self.hylorada_config, list(self.adapter_parameters().values())
+        config, adapter = self.hylorada_config, list(_without_base(self.adapter_parameters()).values())
         return memory_estimate(self.base_model, adapter, groups_of(config), config.mixed_precision, seq_len, batch_size)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
@@ -242,7 +242,7 @@ class HyLoRADAModel(nn.Module):
             base_fingerprint=(
                 storage.fingerprint(_base_parameters(self.base_model)) if self.merged else self._base_fingerprint
             ),
-            tensors=self.adapter_parameters(),
+            tensors=_without_base(self.adapter_parameters()) if self.merged else self.adapter_parameters(),
         )
         with storage.replacing_files(directory, self._obsolete_files(directory)) as folder:
             if self.merged:
@@ -323,7 +323,8 @@ class HyLoRADAModel(nn.Module):
             base_model.requires_grad_(False)
             layers = {} if is_merged else {name: _build_layer(linear, config) for name, linear in targets.items()}
             if saved is not None:
-                _fill(adapter_parameters(layers) | _component_parameters(components), saved.tensors)
+                own = adapter_parameters(layers) | _component_parameters(components)
+                _fill(_without_base(own) if is_merged else own, saved.tensors)
             if config.gradient_checkpointing and base_model.supports_gradient_checkpointing:
                 enable_checkpointing(base_model, {"use_reentrant": False})
         except BaseException:
@@ -455,6 +456,11 @@ def _build_layer(linear: nn.Module, config: HyLoRADAConfig) -> UnifiedLayer:
 
 def _component_parameters(components: list[Component]) -> dict[str, nn.Parameter]:
     return {name: parameter for component in components for name, parameter in component.parameters().items()}
+
+
+def _without_base(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Those that were added to the base model. Its own that are trained are in the full model of a merge too."""
+    return {name: parameter for name, parameter in parameters.items() if _kind(name) != "base"}
 
 
 def _fill(parameters: dict[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:

@@ -61,6 +61,14 @@ def test_counts_are_those_of_the_model(make_model, family, mode):
     assert found["total"] == sum(found[part] for part in parts)
 
 
+def test_trained_parameters_of_the_base_are_weights(make_model):
+    plain, trained = (make_model("gpt2", train_embeddings=which, train_norms=bool(which)) for which in (False, "all"))
+    expected, found = plain.get_memory_estimate(64), trained.get_memory_estimate(64)
+    assert trained.count_params()["base"] > 0
+    assert (found["weights"], found["adapter"]) == (expected["weights"], expected["adapter"])
+    assert found["gradients"] == expected["gradients"] + 4 * trained.count_params()["base"]
+
+
 def test_without_groups_there_is_no_saving(make_model):
     found = make_model("llama").get_memory_estimate(64)
     assert found["attention_flops_s2"] == found["attention_flops_full"] and found["attention_ratio"] == 1

@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
@@ -23,6 +24,7 @@ EVERYTHING = {
     "train_norms": True,
 }
 LONGER = {"rope_scaling_type": "auto", "rope_scaling_factor": 2.0}
+GROUPS = {"s2_attn_enabled": True, "s2_group_size": 16, "s2_eval": True, "s2_sink_tokens": 2, "daa_enabled": True}
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
@@ -151,8 +153,11 @@ def test_status_of_a_plain_adapter(make_model):
 
 
 @pytest.mark.parametrize("merge", [False, True])
-def test_a_loaded_model_computes_the_same(make_model, make_base, family, tmp_path, merge):
-    model = make_model(family, **EVERYTHING, **LONGER)
+@pytest.mark.parametrize(
+    "attention", [{}, {**GROUPS, "daa_num_buckets": 0}, {"daa_enabled": True}], ids=["plain", "groups", "distances"]
+)
+def test_a_loaded_model_computes_the_same(make_model, make_base, family, tmp_path, merge, attention):
+    model = make_model(family, **EVERYTHING, **LONGER, **attention)
     ids = long_ids()
     expected = model(ids).logits
     if merge:
@@ -162,6 +167,10 @@ def test_a_loaded_model_computes_the_same(make_model, make_base, family, tmp_pat
     model.save_pretrained(tmp_path)
     loaded = HyLoRADAModel.from_pretrained(make_base(family), tmp_path)
     assert torch.equal(loaded(ids).logits, expected)
+    assert loaded.hylorada_config == model.hylorada_config
+    own, counts = load_file(tmp_path / "adapter.safetensors"), model.count_params()
+    # trained parameters of the base are in the full model of a merge already
+    assert sum(tensor.numel() for tensor in own.values()) == counts["trainable"] - (counts["base"] if merge else 0)
     if merge:
         loaded = HyLoRADAModel.from_pretrained(None, tmp_path)
         assert torch.equal(loaded(ids).logits, expected)
@@ -232,9 +241,6 @@ def test_generation_past_the_original_length(make_model, family, beams):
     assert torch.equal(cached, model.generate(ids, attention_mask=mask, use_cache=False, **options))
 
 
-GROUPS = {"s2_attn_enabled": True, "s2_group_size": 16, "s2_eval": True, "s2_sink_tokens": 2, "daa_enabled": True}
-
-
 @torch.no_grad()
 def test_all_components_together_are_causal_and_decode_as_they_run(make_model, family):
     # the distance bias of Direct Attention Adaptation and groups are two attentions
@@ -277,7 +283,7 @@ def test_a_failure_leaves_the_base_as_it_was(make_base, monkeypatch):
         def fail(*_):
             raise MemoryError
 
-        monkeypatch.setattr("hylorada.model._enable_checkpointing", fail)
+        monkeypatch.setattr("hylorada.model.enable_checkpointing", fail)
         with pytest.raises(MemoryError):
             HyLoRADAModel(base, HyLoRADAConfig(**EVERYTHING, **LONGER))
         assert base.config.to_dict() == config and find_rotary_modules(base) == rotary
