@@ -41,15 +41,15 @@ def forward(
     """
     nothing = x.new_empty(0)
     p_input, p_delta = _split_token_scale(token_scale, token_scale_target, x.dtype)
-    scales_product = weight.shape[0] <= weight.shape[1] and (magnitude is not None or bias is None)
+    scales_product = _scales_product(weight, magnitude, bias)
     if p_input is not None and not scales_product:
         x = x * p_input
     thinned, mask = torch.native_dropout(x, dropout_p, True) if dropout_p else (x, x.new_empty(0, dtype=torch.bool))
     h = F.linear(thinned, lora_a.to(x.dtype))
     product = _product(x, weight, h, lora_b, scale, p_delta, bias if magnitude is None else None)
     if p_input is not None and scales_product:
+        # h is narrow, where a broadcast product is slow: the backward scales it
         product *= p_input
-        h *= p_input
     if magnitude is None:
         return product, h, nothing, nothing, nothing, mask
     own_norm = nothing
@@ -91,6 +91,8 @@ def backward(
     nothing = x.new_empty(0)
     dx = da = db = dm = dblend = dnorm = dbias = dp = nothing
     p_input, p_delta = _split_token_scale(token_scale, token_scale_target, x.dtype)
+    if p_input is not None and _scales_product(weight, magnitude, bias):
+        h = h * p_input
     dy = dy.contiguous()
     dz = dy if magnitude is None else _scale_columns(dy, gain)
 
@@ -155,6 +157,14 @@ def adapted_weight(
     if magnitude is not None:
         adapted *= row_gain(magnitude, blend, norm)[:, None]
     return adapted.to(weight.dtype)
+
+
+def _scales_product(weight: Tensor, magnitude: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether a position scale of the output is applied to the product rather than to x: where that is narrower.
+
+    A bias that is already in the product forbids it.
+    """
+    return weight.shape[0] <= weight.shape[1] and (magnitude is not None or bias is None)
 
 
 def _gain_input_gradients(
