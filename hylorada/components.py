@@ -1,7 +1,7 @@
 """The parts of the method beside the adapted linears: how a config asks for them and how a model carries them."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -191,7 +191,10 @@ class LandmarkComponent(Component):
 
 
 class BaseComponent(Component):
-    """What changes in the base model itself: how long its texts may be, and which of its own parameters are trained."""
+    """What changes in the base model itself: how long its texts may be, and which of its own parameters are trained.
+
+    length: how its texts become longer, {"method", "original_length", "target_length"}, or {} where they do not.
+    """
 
     kind = "base"
 
@@ -202,6 +205,7 @@ class BaseComponent(Component):
         tables: dict[str, nn.Parameter],
     ):
         self._length, self._trained = length, list(trained)
+        self.length: dict[str, Any] = {} if length is None else _described(length)
         # values are loaded into copies first
         self._new = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in trained.items()} | tables
         self._base_model: PreTrainedModel | None = None
@@ -248,6 +252,7 @@ class BaseComponent(Component):
 
 def _length_scaling(base_model: PreTrainedModel, config: HyLoRADAConfig) -> RopeScaling | PositionTable | None:
     scaling_type, factor = config.rope_scaling_type, config.rope_scaling_factor
+    extension = config.position_extension
     if scaling_type is None:
         return None
     if scaling_type == "auto" and not find_rotary_modules(base_model):
@@ -256,8 +261,22 @@ def _length_scaling(base_model: PreTrainedModel, config: HyLoRADAConfig) -> Rope
                 f'rope_scaling_type="auto": {type(base_model).__name__} has neither rotary embeddings nor a learned '
                 "position table; leave it None"
             )
-        return PositionTable(base_model, factor)
+        return PositionTable(base_model, factor, extension)
+    if extension != HyLoRADAConfig.position_extension:
+        raise ValueError(
+            f'position_extension={extension!r} is for learned position tables with rope_scaling_type="auto"; '
+            f"{type(base_model).__name__} with rope_scaling_type={scaling_type!r} has none, leave it "
+            f"{HyLoRADAConfig.position_extension!r}"
+        )
     return RopeScaling(base_model, scaling_type, factor)
+
+
+def _described(length: RopeScaling | PositionTable) -> dict[str, Any]:
+    return {
+        "method": length.type if isinstance(length, RopeScaling) else length.method,
+        "original_length": length.original_length,
+        "target_length": length.target_length,
+    }
 
 
 def _check_attention(base_model: PreTrainedModel, asked: str) -> int:

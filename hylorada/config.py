@@ -38,6 +38,7 @@ SWITCHES = {
     "s2_eval": "s2_attn_enabled",
     "daa_num_buckets": "daa_enabled",
     "rope_scaling_factor": "rope_scaling_type",
+    "position_extension": "rope_scaling_type",
 }
 _CHOICES = {
     "lora_init": ("orthogonal", "kaiming"),
@@ -47,6 +48,7 @@ _CHOICES = {
     "s2_shift_mode": ("layers", "heads"),
     "train_embeddings": (False, True, "positions", "tokens", "all"),
     "rope_scaling_type": (None, "linear", "dynamic", "yarn", "auto"),
+    "position_extension": ("tile", "interpolate"),
     "mixed_precision": ("bf16", "fp16", "fp32"),
 }
 # the adapted linear as plain low-rank adaptation: no magnitude, no blend, no position bias, the usual initial values
@@ -114,6 +116,8 @@ class HyLoRADAConfig:
         train_embeddings: False, True, "positions", "tokens" or "all".   train_norms.
         rope_scaling_type: None, "linear", "dynamic", "yarn" or "auto".
         rope_scaling_factor: target length / original length.
+        position_extension: how "auto" makes a learned position table longer. "tile" repeats it, so that texts of the
+            original length keep their logits bit for bit; "interpolate" stretches it.
 
     Training:
         gradient_checkpointing: switch on the base model's own; False leaves the base model as it is.
@@ -155,6 +159,7 @@ class HyLoRADAConfig:
     train_norms: bool = False
     rope_scaling_type: str | None = None
     rope_scaling_factor: float = 1.0
+    position_extension: str = "tile"
 
     gradient_checkpointing: bool = True
     mixed_precision: str = "bf16"

@@ -28,7 +28,8 @@ class PositionTable:
         method: "tile" or "interpolate".
 
     Attributes:
-        original_length, target_length: in positions.   embedding: the table's module.
+        method: "tile" or "interpolate".   original_length, target_length: in positions.
+        embedding: the table's module.
         weight: its Parameter after `apply`; before, its values can be set.
 
     Raises:
@@ -51,7 +52,7 @@ class PositionTable:
         present = config.max_position_embeddings
         self.original_length = getattr(config, _ORIGINAL, present)
         self.target_length = round(self.original_length * factor)
-        self.embedding, self.weight = embedding, cast(nn.Parameter, embedding.weight)
+        self.method, self.embedding, self.weight = method, embedding, cast(nn.Parameter, embedding.weight)
         self._changes: list[_Change] = []
         if present == self.target_length:
             return

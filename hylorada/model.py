@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from hylorada_kernels.nn import HybridLinear
 
 from . import storage
-from .components import COMPONENTS, Component, groups_of
+from .components import COMPONENTS, BaseComponent, Component, groups_of
 from .config import DEFAULT_TARGET_MODULES, SWITCHES, HyLoRADAConfig
 from .daa import DirectAttention
-from .embeddings import norm_parameters
+from .embeddings import norm_parameters, tied_names
 from .estimate import memory_estimate
 from .landmark import LandmarkLoRA
 from .lora import (
@@ -143,6 +143,9 @@ class HyLoRADAModel(nn.Module):
         state: "on"; "off"; "merged" into the base weights; or "training": on in train mode only, where shifted
             sparse attention evaluates with full attention.
         parameters: how many numbers of the part are trained.   options: its fields of the config.
+        details: what the config does not say. Of "rope_scaling": method ("linear", "dynamic" or "yarn", of a learned
+            position table "tile" or "interpolate"), original_length, target_length. Of "embeddings": tied, for the
+            trained weights their other names in the model, such as the output head's.
         """
         config, counts = self.hylorada_config, self.count_params()
         norms = norm_parameters(self.base_model)
@@ -162,7 +165,14 @@ class HyLoRADAModel(nn.Module):
                 "state": state,
                 "parameters": sum(counts[kind] for kind in kinds),
                 "options": {option: getattr(config, option) for option in options},
+                "details": {},
             }
+        embeddings = {name: own[name] for name in own if _kind(name) == "base" and name not in norms}
+        if embeddings:
+            status["embeddings"]["details"] = {"tied": tied_names(self.base_model, embeddings)}
+        for component in self._components:
+            if isinstance(component, BaseComponent):
+                status["rope_scaling"]["details"] = dict(component.length)
         status["lora"]["options"] |= {option: getattr(config, option) for option in _LORA_OPTIONS}
         return status
 

@@ -195,6 +195,7 @@ def test_context_length_knows_the_models_own_length_and_overrides_win():
         ("train_embeddings", 1, ValueError, "False, True, 'positions'"),
         ("rope_scaling_type", "ntk", ValueError, "'linear', 'dynamic', 'yarn'"),
         ("rope_scaling_factor", 0.0, ValueError, "positive"),
+        ("position_extension", "repeat", ValueError, "'tile', 'interpolate', got 'repeat'"),
         ("mixed_precision", "fp8", ValueError, "'bf16', 'fp16', 'fp32', got 'fp8'"),
     ],
 )

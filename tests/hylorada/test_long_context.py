@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from hylorada import HyLoRADAConfig, HyLoRADAModel, get_lora_plus_param_groups
 from hylorada.data import collate
-from hylorada.embeddings import find_position_table
+from hylorada.embeddings import PositionTable, find_position_table
 from hylorada.lora import adapted_layers
 from hylorada.rope import RopeScaling, find_rotary_modules
 from hylorada.trainer import HyLoRADATrainer, TrainingConfig
@@ -131,8 +131,10 @@ def test_status_names_every_part(make_model):
         "state": "on",
         "parameters": counts["base"] - 5 * 32,
         "options": {"train_embeddings": "all"},
+        "details": {"tied": {}},
     }
-    assert status["rope_scaling"]["options"] == {"rope_scaling_type": "auto", "rope_scaling_factor": 2.0}
+    assert status["rope_scaling"]["options"] == LONGER | {"position_extension": "tile"}
+    assert status["rope_scaling"]["details"] == {"method": "linear", "original_length": 128, "target_length": 256}
     assert status["lora"]["options"]["lora_rank"] == 4
     # an option has one place
     options = [option for part in status.values() for option in part["options"]]
@@ -142,6 +144,38 @@ def test_status_names_every_part(make_model):
     merged = {name: part["parameters"] for name, part in status.items() if part["state"] == "merged"}
     assert merged == {"lora": 0, "dora": 0, "blend": 0}
     assert status["position_bias"]["state"] == "on" and status["position_bias"]["parameters"] == 65
+
+
+@pytest.mark.parametrize("reload", [None, "adapter", "merged", "merged alone"])
+@pytest.mark.parametrize("extension", ["tile", "interpolate"])
+def test_status_says_how_a_table_is_longer_and_what_is_tied(make_model, make_base, tmp_path, extension, reload):
+    model = make_model("gpt2", train_embeddings="all", position_extension=extension, **LONGER)
+    if reload is not None:
+        if reload != "adapter":
+            model.merge_lora_weights()
+        expected = model(long_ids()).logits
+        model.save_pretrained(tmp_path)
+        model = HyLoRADAModel.from_pretrained(None if reload == "merged alone" else make_base("gpt2"), tmp_path)
+        assert torch.equal(model(long_ids()).logits, expected)
+    status = model.get_component_status()
+    assert status["rope_scaling"]["details"] == {"method": extension, "original_length": 128, "target_length": 256}
+    assert status["embeddings"]["details"] == {"tied": {"transformer.wte.weight": ["lm_head.weight"]}}
+
+
+def test_a_table_is_extended_as_the_config_says(make_model, make_base):
+    for extension in ("tile", "interpolate"):
+        base, model = make_base("gpt2"), make_model("gpt2", start=True, position_extension=extension, **LONGER)
+        PositionTable(base, 2.0, extension).apply()
+        found = find_position_table(model.base_model).weight
+        assert torch.equal(found, find_position_table(base).weight)
+        assert torch.equal(found[128], found[0]) == (extension == "tile")
+
+
+@pytest.mark.parametrize("kind", ["auto", "linear"])
+def test_a_rotary_model_has_no_table_to_stretch(make_base, kind):
+    fields = {"rope_scaling_type": kind, "rope_scaling_factor": 2.0, "position_extension": "interpolate"}
+    with pytest.raises(ValueError, match=r"position_extension='interpolate' is for learned position tables"):
+        HyLoRADAModel(make_base("llama"), HyLoRADAConfig(**fields))
 
 
 def test_status_of_a_plain_adapter(make_model):

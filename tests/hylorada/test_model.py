@@ -222,6 +222,14 @@ def test_gpt2_has_811008_trainable_parameters(capsys):
     assert capsys.readouterr().out == "Trainable params: 811K / 125M (0.65%)\n"
 
 
+def test_gpt2_with_landmarks_by_position_has_823809_trainable_parameters():
+    model = gpt2_on_meta(landmark_enabled=True, landmark_position=True)
+    counts = model.count_params()
+    assert (counts["trainable"], counts["landmark"], counts["position_bias"]) == (823_809, 12_801, 0)
+    assert gpt2_on_meta(landmark_enabled=True).count_params()["landmark"] == 12_289
+    assert gpt2_on_meta(position_bias_enabled=True).count_params()["position_bias"] == 65
+
+
 def test_counts_name_every_kind(make_model):
     counts = make_model("llama", lora_target_modules=("q_proj", "v_proj")).count_params()
     assert counts == {
@@ -458,6 +466,7 @@ def test_only_names_that_the_user_gave_are_warned_about(make_base, caplog):
         ("s2_eval", True, "s2_attn_enabled", False),
         ("daa_num_buckets", 8, "daa_enabled", False),
         ("rope_scaling_factor", 4.0, "rope_scaling_type", None),
+        ("position_extension", "interpolate", "rope_scaling_type", None),
     ],
 )
 def test_an_option_whose_switch_is_off_is_warned_about(make_base, caplog, option, value, switch, off):
