@@ -142,7 +142,8 @@ class PositionScale:
     def scale_input(self, linear: nn.Module, args: tuple) -> tuple:
         """A forward pre-hook for a merged linear: p (x W^T) = (p x) W^T, and the bias stays unscaled."""
         x, *rest = args
-        return (x * self.for_input(x).unsqueeze(-1)).to(x.dtype), *rest
+        # a 16-bit x times an fp32 scale would be computed through fp32 copies of x
+        return x * self.for_input(x).unsqueeze(-1).to(x.dtype), *rest
 
     def _enter(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = dict(zip(self._argument_names, args, strict=False)) | kwargs

@@ -8,6 +8,7 @@ import torch
 import transformers
 from torch import nn
 
+from hylorada import HyLoRADAConfig, HyLoRADAModel
 from hylorada.embeddings import (
     PositionTable,
     embedding_parameters,
@@ -18,6 +19,8 @@ from hylorada.embeddings import (
 )
 
 LEARNED = ("gpt2", "opt")
+# at its start bit for bit its base
+PLAIN = {"use_dora_magnitude": False, "use_blend": False, "gradient_checkpointing": False}
 # max_position_embeddings of the tiny models
 LENGTH = 128
 
@@ -58,6 +61,18 @@ def test_tiling_keeps_every_text_that_fitted_bit_for_bit(make_base, family, dtyp
     assert torch.equal(weight[:offset], rows[:offset])
     for position in range(320):
         assert torch.equal(weight[offset + position], rows[offset + position % LENGTH])
+
+
+@torch.no_grad()
+def test_gpt2_keeps_the_logits_of_its_1024_positions_bit_for_bit(make_base):
+    model = make_base("gpt2", n_positions=1024)
+    lengths = (1, 1000, 1023, 1024)
+    before = [model(ids_of(length)).logits for length in lengths]
+    model = HyLoRADAModel(model, HyLoRADAConfig(rope_scaling_type="auto", rope_scaling_factor=4.0, **PLAIN))
+    assert model.config.max_position_embeddings == 4096
+    for length, logits in zip(lengths, before, strict=True):
+        assert torch.equal(model.eval()(ids_of(length)).logits, logits)
+    assert torch.isfinite(model(ids_of(4096)).logits).all()
 
 
 @pytest.mark.parametrize("family", LEARNED)

@@ -263,6 +263,32 @@ def test_what_cannot_be_merged_stays_as_one_thin_module(make_model, make_base, f
     assert 0 < added.total() <= most(linears)
 
 
+class WideResults(TorchDispatchMode):
+    """Counts the fp32 results that are as large as the hidden states."""
+
+    def __init__(self, numbers):
+        super().__init__()
+        self.numbers, self.count = numbers, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float32:
+            self.count += result.numel() >= self.numbers
+        return result
+
+
+@torch.no_grad()
+def test_a_merged_position_bias_makes_no_fp32_copies_of_bf16_states(make_model, make_base, family, token_ids):
+    counts = []
+    model = make_model(family, dtype=torch.bfloat16)
+    model.merge_lora_weights()
+    for runs in (make_base(family, torch.bfloat16), model):
+        with WideResults(32 * token_ids.numel()) as wide:
+            runs(token_ids)
+        counts.append(wide.count)
+    assert counts[0] == counts[1]
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_past_the_original_length(make_model, family, beams):
     model = make_model(family, **EVERYTHING, **LONGER)
