@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
 
 from hylorada import HyLoRADAConfig, HyLoRADAModel, get_lora_plus_param_groups
 from hylorada.data import collate
@@ -15,6 +16,7 @@ from hylorada.embeddings import PositionTable, find_position_table
 from hylorada.lora import adapted_layers
 from hylorada.rope import RopeScaling, find_rotary_modules
 from hylorada.trainer import HyLoRADATrainer, TrainingConfig
+from tests.hylorada.conftest import FAMILIES
 
 EVERYTHING = {
     "landmark_enabled": True,
@@ -176,6 +178,52 @@ def test_a_rotary_model_has_no_table_to_stretch(make_base, kind):
     fields = {"rope_scaling_type": kind, "rope_scaling_factor": 2.0, "position_extension": "interpolate"}
     with pytest.raises(ValueError, match=r"position_extension='interpolate' is for learned position tables"):
         HyLoRADAModel(make_base("llama"), HyLoRADAConfig(**fields))
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])
+def test_a_merged_model_keeps_its_rope_scaling(make_model, make_base, tmp_path, kind):
+    model = make_model("llama", rope_scaling_type=kind, rope_scaling_factor=2.0)
+    model.merge_lora_weights()
+    expected, details = model(long_ids()).logits, model.get_component_status()["rope_scaling"]["details"]
+    assert details == {"method": kind, "original_length": 128, "target_length": 256}
+    model.save_pretrained(tmp_path)
+    for base in (None, make_base("llama")):
+        loaded = HyLoRADAModel.from_pretrained(base, tmp_path)
+        assert torch.equal(loaded(long_ids()).logits, expected)
+        assert loaded.get_component_status()["rope_scaling"]["details"] == details
+    # transformers alone reads the frequencies too
+    (found,), (expected,) = map(find_rotary_modules, (AutoModelForCausalLM.from_pretrained(tmp_path), model.base_model))
+    # "dynamic" has raised its base for the long text
+    assert torch.equal(found.inv_freq, expected.original_inv_freq)
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])
+def test_a_kind_of_rope_scaling_is_refused_without_rope(make_base, kind):
+    with pytest.raises(ValueError, match=f"rope_scaling_type='{kind}': GPT2LMHeadModel has no rotary position"):
+        HyLoRADAModel(make_base("gpt2"), HyLoRADAConfig(rope_scaling_type=kind, rope_scaling_factor=2.0))
+
+
+# max_length -> the parts beside the adapted linears
+PARTS_OF_LENGTHS = {
+    512: set(),
+    2048: {"position_bias", "landmark", "embeddings", "rope_scaling"},
+    4096: {"position_bias", "landmark", "embeddings", "rope_scaling", "s2_attention", "norms"},
+    16384: {"position_bias", "landmark", "embeddings", "rope_scaling", "s2_attention", "norms"},
+}
+
+
+@pytest.mark.parametrize("length", PARTS_OF_LENGTHS)
+def test_a_context_length_becomes_the_parts_of_a_model(make_base, family, length):
+    base = make_base(family, **{"n_positions" if family == "gpt2" else "max_position_embeddings": 1024})
+    config = HyLoRADAConfig.for_context_length(length, 1024, lora_target_modules=FAMILIES[family][2])
+    status = HyLoRADAModel(base, config).get_component_status()
+    linears = {"lora", "dora", "blend"}
+    assert {name for name, part in status.items() if part["state"] != "off"} - linears == PARTS_OF_LENGTHS[length]
+    expected = {}
+    if length > 1024:
+        method = "tile" if family in ("gpt2", "opt") else "linear" if length <= 8192 else "yarn"
+        expected = {"method": method, "original_length": 1024, "target_length": length}
+    assert status["rope_scaling"]["details"] == expected
 
 
 def test_status_of_a_plain_adapter(make_model):
