@@ -154,7 +154,10 @@ WITHOUT_TRITON = """
 from importlib.machinery import PathFinder
 
 find_spec = PathFinder.find_spec
-PathFinder.find_spec = lambda name, *rest: None if name.partition(".")[0] == "triton" else find_spec(name, *rest)
+# dill calls it on an instance
+PathFinder.find_spec = staticmethod(
+    lambda name, *rest: None if name.partition(".")[0] == "triton" else find_spec(name, *rest)
+)
 """
 
 
