@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
+import os
+import signal
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, astuple, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate.utils import DataLoaderConfiguration, gather_object, set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import SchedulerType, get_scheduler
 
+from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from .config import real_number, whole_number
 from .evaluation import batch_loss_sum, mean_loss, predicted_tokens
 from .model import get_lora_plus_param_groups
+from .run_state import (
+    Batches,
+    check_model,
+    check_same,
+    describe_model,
+    fill,
+    fill_optimizer,
+    gathered,
+    is_sharded,
+    trainable,
+    whole,
+)
+from .trackers import FILE_TRACKERS, TRACKERS, JsonLines, require_tracker
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +52,27 @@ _UNSUPPORTED_SCHEDULERS = {
     "warmup_stable_decay",
 }
 _SCHEDULERS = sorted({kind.value for kind in SchedulerType} - _UNSUPPORTED_SCHEDULERS)
-_OPTIONAL_COUNTS = ("per_device_batch_size", "max_steps", "eval_steps")
+_OPTIONAL_COUNTS = (
+    "per_device_batch_size",
+    "max_steps",
+    "eval_steps",
+    "save_steps",
+    "save_total_limit",
+    "early_stopping_patience",
+)
 _OPTIONAL_NUMBERS = ("magnitude_learning_rate", "position_learning_rate", "max_grad_norm")
+# a run that is resumed must have these as they were; the number of steps too, however it is given
+_DECISIVE = (
+    "learning_rate",
+    "magnitude_learning_rate",
+    "position_learning_rate",
+    "gradient_accumulation_steps",
+    "lr_scheduler",
+    "warmup_ratio",
+    "max_grad_norm",
+    "weight_decay",
+    "seed",
+)
 
 
 @dataclass
@@ -55,6 +91,14 @@ class TrainingConfig:
     weight_decay: AdamW's
     seed: of dropout and of the data order
     eval_steps: optimizer steps between two evaluations; None evaluates after each epoch
+    early_stopping_patience: stop after so many evaluations in a row whose loss is not lower than the best one by more
+        than early_stopping_threshold; None never stops early
+    output_dir: where checkpoints and logs go; None saves nothing.  With it, SIGTERM ends a run after its current step
+    save_steps: optimizer steps between two checkpoints; None saves one when the run ends, however it ends
+    save_total_limit: checkpoints to keep, the last ones; None keeps all
+    resume: None or False starts anew; "latest" or True goes on from the last checkpoint in output_dir, "auto" too where
+        there is one; a path, from that checkpoint
+    tracker: "none", "jsonl" (output_dir/log.jsonl), "tensorboard" (in output_dir), "wandb" or "trackio"
     logging_steps: optimizer steps between two log lines.  show_progress: draw a progress bar
     """
 
@@ -72,6 +116,13 @@ class TrainingConfig:
     weight_decay: float = 0.0
     seed: int = 0
     eval_steps: int | None = None
+    early_stopping_patience: int | None = None
+    early_stopping_threshold: float = 0.0
+    output_dir: str | os.PathLike | None = None
+    save_steps: int | None = None
+    save_total_limit: int | None = None
+    resume: bool | str | os.PathLike | None = None
+    tracker: str = "none"
     logging_steps: int = 10
     show_progress: bool = True
 
@@ -84,9 +135,9 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None or name not in _OPTIONAL_NUMBERS:
                 setattr(self, name, real_number(name, value, "positive and finite", lambda number: number > 0))
-        self.weight_decay = real_number(
-            "weight_decay", self.weight_decay, "0 or more and finite", lambda number: number >= 0
-        )
+        for name in ("weight_decay", "early_stopping_threshold"):
+            value = real_number(name, getattr(self, name), "0 or more and finite", lambda number: number >= 0)
+            setattr(self, name, value)
         self.warmup_ratio = real_number("warmup_ratio", self.warmup_ratio, "in [0, 1)", lambda number: 0 <= number < 1)
         self.seed = whole_number("seed", self.seed, 0)
         _require(self.seed < 2**32, "seed", "less than 2**32", self.seed)
@@ -99,6 +150,26 @@ class TrainingConfig:
         _require(
             self.lr_scheduler in _SCHEDULERS, "lr_scheduler", f"one of {', '.join(_SCHEDULERS)}", self.lr_scheduler
         )
+        _require(self.tracker in TRACKERS, "tracker", f"one of {', '.join(TRACKERS)}", self.tracker)
+        self._check_output()
+
+    def _check_output(self) -> None:
+        for name, kinds in (("output_dir", (str, os.PathLike)), ("resume", (bool, str, os.PathLike))):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kinds):
+                raise TypeError(f"{name} must be a path or None, got {value!r}")
+        if self.output_dir is None:
+            needing = [name for name in ("save_steps", "save_total_limit") if getattr(self, name) is not None]
+            if self.resume in (True, "latest", "auto"):
+                needing.append("resume")
+            if self.tracker in FILE_TRACKERS:
+                needing.append("tracker")
+            if needing:
+                raise ValueError(f"{needing[0]}={getattr(self, needing[0])!r} needs output_dir, the folder of the run")
+        if self.early_stopping_threshold and self.early_stopping_patience is None:
+            raise ValueError(
+                f"early_stopping_threshold={self.early_stopping_threshold} does nothing without early_stopping_patience"
+            )
 
 
 @dataclass(frozen=True)
@@ -115,19 +186,46 @@ class StepRecord:
 
 @dataclass
 class TrainingResult:
-    """What a training run did: every step, and the mean evaluation loss by step."""
+    """What a training run did, what came before it was resumed included.
+
+    steps: every optimizer step.   eval_losses: the mean evaluation loss by step
+    ending: "completed"; "stopped early", by early_stopping_patience; or "terminated", by SIGTERM
+    checkpoint: the last one, None without output_dir
+    """
 
     steps: list[StepRecord] = field(default_factory=list)
     eval_losses: dict[int, float] = field(default_factory=dict)
+    ending: str = "completed"
+    checkpoint: Path | None = None
+
+
+@dataclass
+class _Run:
+    """The parts of one call of `train`. facts: what it must share with a checkpoint that it is resumed from."""
+
+    accelerator: Accelerator
+    model: nn.Module
+    optimizer: Any
+    scheduler: Any
+    scaler: torch.amp.GradScaler
+    batches: Batches
+    total_steps: int
+    eval_steps: int
+    facts: dict[str, Any]
+    result: TrainingResult
 
 
 class HyLoRADATrainer:
     """Trains whatever of a model requires a gradient.
 
-    model: an adapted model, or any causal language model with trainable parameters
+    model: an adapted model, or any causal language model with trainable parameters; one that `fully_shard` (FSDP2) has
+        divided among the processes already stays as it is, any other one is copied to each of them (DDP)
     train_dataloader, eval_dataloader: batches with input_ids and optionally attention_mask and labels (-100: not
         predicted); the same weight for every predicted token of an optimizer step, however batches divide them
     optimizer: replaces AdamW over the learning rates and the weight decay of the config
+
+    A run that is resumed repeats an uninterrupted one bit for bit, on the same machine and number of processes, unless
+    the dataset itself draws random numbers when a row is read.
     """
 
     def __init__(
@@ -143,22 +241,63 @@ class HyLoRADATrainer:
         self.train_dataloader = train_dataloader
         self.eval_dataloader = eval_dataloader
         self.optimizer = optimizer
-        self._check_dataloader()
+        self._check_dataloaders()
+        require_tracker(self.config.tracker)
         self.precision = self.config.mixed_precision or _inherited_precision(model)
 
     def train(self) -> TrainingResult:
-        """Run all steps and return their record; the model is trained in place and left in evaluation mode."""
+        """Run all steps and return their record; the model is trained in place and left in evaluation mode.
+
+        SIGTERM, where there is an output_dir and this is the main thread: the current step is finished, a checkpoint
+        saved, and the result says "terminated".
+        """
         config = self.config
+        run = self._start()
+        result = run.result
+        hidden = not (config.show_progress and run.accelerator.is_local_main_process)
+        with (
+            tqdm(total=run.total_steps, initial=len(result.steps), desc="training", unit="step", disable=hidden) as bar,
+            self._tracking(run.accelerator, result),
+            _sigterm_deferred(config.output_dir is not None) as terminated,
+        ):
+            run.model.train()
+            for group in run.batches:
+                record = self._step(run, group)
+                bar.update()
+                bar.set_postfix(loss=f"{record.loss:.3f}")
+                if self.eval_dataloader is not None and (
+                    record.step % run.eval_steps == 0 or record.step == run.total_steps
+                ):
+                    self._evaluate(run, record.step)
+                ending = self._ending(run, terminated())
+                if config.output_dir is not None and (ending or record.step % (config.save_steps or math.inf) == 0):
+                    self._save(run)
+                if ending:
+                    result.ending = ending
+                    break
+        if result.ending != "completed":
+            logger.warning("training %s after step %d of %d", result.ending, len(result.steps), run.total_steps)
+        self.model.eval()
+        return result
+
+    def _start(self) -> _Run:
+        """Put the parts together, in the state of the checkpoint where the run is resumed."""
+        config = self.config
+        checkpoint = self._find_checkpoint()
+        saved = None if checkpoint is None else load_checkpoint(checkpoint)
         set_seed(config.seed)
         # autocast and the loss scale are set here: accelerate would rewrite the model's forward, and for good
         accelerator = Accelerator(
             mixed_precision="no",
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
+            log_with=self._tracker(),
+            project_dir=config.output_dir,
         )
-        model, optimizer, loader = accelerator.prepare(
-            self.model, self.optimizer or self._make_optimizer(), self.train_dataloader
-        )
+        model, optimizer, loader = self._prepare(accelerator)
         total_steps, eval_steps = self._plan(loader)
+        facts = self._facts(accelerator, optimizer, loader, total_steps)
+        if saved is not None:
+            self._check_fits(saved, facts, f"cannot resume from {checkpoint}", total_steps)
         scheduler = get_scheduler(
             config.lr_scheduler,
             optimizer,
@@ -166,35 +305,22 @@ class HyLoRADATrainer:
             num_training_steps=total_steps,
         )
         scaler = torch.amp.GradScaler(accelerator.device.type, enabled=self.precision == "fp16")
+        batches = Batches(loader, config.gradient_accumulation_steps, accelerator.device)
+        result = TrainingResult(checkpoint=checkpoint)
+        run = _Run(accelerator, model, optimizer, scheduler, scaler, batches, total_steps, eval_steps, facts, result)
+        if saved is not None:
+            self._restore(run, saved)
+        return run
 
-        result = TrainingResult()
-        hidden = not (config.show_progress and accelerator.is_local_main_process)
-        with tqdm(total=total_steps, desc="training", unit="step", disable=hidden) as bar:
-            model.train()
-            for step, group in enumerate(self._groups(loader, total_steps), start=1):
-                record = self._step(step, group, accelerator, model, optimizer, scaler)
-                scheduler.step()
-                result.steps.append(record)
-                bar.update()
-                bar.set_postfix(loss=f"{record.loss:.3f}")
-                if step % config.logging_steps == 0:
-                    logger.info("step %d of %d: loss %.4f", step, total_steps, record.loss)
-                if self.eval_dataloader is not None and (step % eval_steps == 0 or step == total_steps):
-                    with self._autocast(accelerator):
-                        result.eval_losses[step] = mean_loss(self.model, self.eval_dataloader)
-                    logger.info("step %d of %d: evaluation loss %.4f", step, total_steps, result.eval_losses[step])
-        self.model.eval()
-        return result
+    def _prepare(self, accelerator: Accelerator) -> tuple[nn.Module, Any, Any]:
+        optimizer = self.optimizer or self._make_optimizer()
+        if any(map(is_sharded, self.model.parameters())):
+            return self.model, *accelerator.prepare(optimizer, self.train_dataloader)
+        return accelerator.prepare(self.model, optimizer, self.train_dataloader)
 
-    def _step(
-        self,
-        step: int,
-        group: list[dict[str, Tensor]],
-        accelerator: Accelerator,
-        model: nn.Module,
-        optimizer: Any,
-        scaler: torch.amp.GradScaler,
-    ) -> StepRecord:
+    def _step(self, run: _Run, group: list[dict[str, Tensor]]) -> StepRecord:
+        accelerator, model, optimizer, scaler = run.accelerator, run.model, run.optimizer, run.scaler
+        step = len(run.result.steps) + 1
         started = time.perf_counter()
         learning_rate = optimizer.param_groups[0]["lr"]
         local_tokens = torch.stack([predicted_tokens(batch) for batch in group]).sum()
@@ -215,7 +341,7 @@ class HyLoRADATrainer:
         loss_value = float(accelerator.reduce(torch.stack(losses).sum(), reduction="sum")) / tokens
         scaler.unscale_(optimizer)
         limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
-        grad_norm = float(accelerator.clip_grad_norm_(_trainable(self.model), limit))
+        grad_norm = float(whole(accelerator.clip_grad_norm_(trainable(self.model).values(), limit)))
         # an infinite gradient alone is ordinary under a loss scale: the scaler skips the update and lowers the scale
         if not math.isfinite(loss_value) or not (math.isfinite(grad_norm) or scaler.is_enabled()):
             raise RuntimeError(
@@ -225,22 +351,28 @@ class HyLoRADATrainer:
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        return StepRecord(step, loss_value, learning_rate, grad_norm, tokens, time.perf_counter() - started)
+        run.scheduler.step()
+        record = StepRecord(step, loss_value, learning_rate, grad_norm, tokens, time.perf_counter() - started)
+        run.result.steps.append(record)
+        _track(accelerator, record)
+        if step % self.config.logging_steps == 0:
+            logger.info("step %d of %d: loss %.4f", step, run.total_steps, loss_value)
+        return record
 
-    def _groups(self, loader: Any, total_steps: int) -> Iterator[list[dict[str, Tensor]]]:
-        """Yield the batches of each optimizer step; an epoch's last group holds what is left."""
-        made = 0
-        while made < total_steps:
-            made_before = made
-            batches = iter(loader)
-            while made < total_steps:
-                group = list(itertools.islice(batches, self.config.gradient_accumulation_steps))
-                if not group:
-                    break
-                made += 1
-                yield group
-            if made == made_before:
-                raise ValueError("train_dataloader yields no batch")
+    def _evaluate(self, run: _Run, step: int) -> None:
+        with self._autocast(run.accelerator):
+            loss = mean_loss(self.model, self.eval_dataloader)  # type: ignore[arg-type]
+        run.result.eval_losses[step] = loss
+        run.accelerator.log({"eval_loss": loss}, step=step)
+        logger.info("step %d of %d: evaluation loss %.4f", step, run.total_steps, loss)
+
+    def _ending(self, run: _Run, terminated: bool) -> str | None:
+        """How the run ends after this step, None where it goes on."""
+        if len(run.result.steps) == run.total_steps:
+            return "completed"
+        if self._has_stalled(run.result.eval_losses):
+            return "stopped early"
+        return "terminated" if _in_any_process(terminated, run.accelerator) else None
 
     def _plan(self, loader: Any) -> tuple[int, int]:
         """Return the number of optimizer steps and how many lie between two evaluations."""
@@ -255,13 +387,148 @@ class HyLoRADATrainer:
             raise ValueError("train_dataloader yields no batch")
         return config.max_steps or config.num_epochs * epoch_steps, config.eval_steps or epoch_steps
 
+    def _find_checkpoint(self) -> Path | None:
+        """The checkpoint to resume from, None for a run that starts anew."""
+        resume, output_dir = self.config.resume, self.config.output_dir
+        present = [] if output_dir is None else checkpoints(output_dir)
+        if resume is None or resume is False or (resume == "auto" and not present):
+            if present:
+                raise ValueError(
+                    f'{output_dir} holds {present[-1].name} of an earlier run: go on from it with resume="latest", '
+                    "or take another output_dir"
+                )
+            return None
+        if resume in (True, "latest", "auto"):
+            if not present:
+                raise FileNotFoundError(
+                    f'{output_dir} holds no checkpoint to resume from; resume="auto" starts anew where there is none'
+                )
+            return present[-1]
+        checkpoint = Path(resume)  # type: ignore[arg-type]
+        if present and checkpoint.resolve() != present[-1].resolve():
+            raise ValueError(
+                f"{output_dir} holds {present[-1].name}, and the run would go on from {checkpoint}: delete what is "
+                "later, or take another output_dir"
+            )
+        return checkpoint
+
+    def _facts(self, accelerator: Accelerator, optimizer: Any, loader: Any, total_steps: int) -> dict[str, Any]:
+        """What a run must share with the checkpoint that it is resumed from."""
+        if self.config.output_dir is None and self.config.resume in (None, False):
+            return {}
+        training = {name: getattr(self.config, name) for name in _DECISIVE}
+        groups = {
+            f"{name} of parameter group {i}": len(value) if name == "params" else value
+            for i, group in enumerate(optimizer.param_groups)
+            for name, value in group.items()
+        }
+        dataset = getattr(self.train_dataloader, "dataset", None)
+        return {
+            "run": training
+            | {
+                "precision": self.precision,
+                "optimizer steps in all": total_steps,
+                "processes": accelerator.num_processes,
+                "batch size": getattr(self.train_dataloader, "batch_size", None),
+                "batches of an epoch": _length(loader),
+                "rows of the data": _length(dataset),
+                "optimizer": type(optimizer.optimizer).__name__,
+            }
+            | groups,
+            "model": describe_model(self.model),
+        }
+
+    def _check_fits(self, saved: dict[str, Any], facts: dict[str, Any], failure: str, total_steps: int) -> None:
+        try:
+            check_same(saved["run"], facts["run"], "this run")
+            check_model(saved["model"], self.model)
+        except ValueError as error:
+            raise ValueError(f"{failure}: {error}") from error
+        step = len(saved["steps"])
+        if step == total_steps or self._has_stalled(dict(saved["eval_losses"])):
+            raise ValueError(
+                f"{failure}: its run has ended, at step {step} of {total_steps}, and there is no step left to train"
+            )
+
+    def _save(self, run: _Run) -> None:
+        """Write a checkpoint; every process takes part."""
+        output_dir = Path(self.config.output_dir)  # type: ignore[arg-type]
+        result, accelerator = run.result, run.accelerator
+        state = run.facts | {
+            "steps": [astuple(record) for record in result.steps],
+            "eval_losses": list(result.eval_losses.items()),
+            "position": {"epoch": run.batches.epoch, "batches": run.batches.taken},
+            "parameters": gathered(trainable(self.model), accelerator),
+            "optimizer": gathered(run.optimizer.state_dict(), accelerator),
+            "scheduler": run.scheduler.state_dict(),
+            "scaler": run.scaler.state_dict(),
+            "random": gather_object([run.batches.random_state()]),
+        }
+        step = len(result.steps)
+        if accelerator.is_main_process:
+            save_checkpoint(output_dir, step, state, self.config.save_total_limit)
+        # no process ends, or trains on, before the checkpoint is there
+        accelerator.wait_for_everyone()
+        result.checkpoint = output_dir / f"checkpoint-{step}"
+
+    def _restore(self, run: _Run, saved: dict[str, Any]) -> None:
+        fill(trainable(self.model), saved["parameters"])
+        fill_optimizer(run.optimizer, saved["optimizer"])
+        run.scheduler.load_state_dict(saved["scheduler"])
+        if run.scaler.is_enabled():
+            run.scaler.load_state_dict(saved["scaler"])
+        run.result.steps = [StepRecord(*values) for values in saved["steps"]]
+        run.result.eval_losses = dict(saved["eval_losses"])
+        position = saved["position"]
+        random_states = saved["random"][run.accelerator.process_index]
+        run.batches.resume(position["epoch"], position["batches"], random_states)
+
+    def _has_stalled(self, eval_losses: dict[int, float]) -> bool:
+        """Whether the last early_stopping_patience evaluations brought nothing."""
+        patience = self.config.early_stopping_patience
+        best, since_best = math.inf, 0
+        for loss in eval_losses.values():
+            improves = loss < best - self.config.early_stopping_threshold
+            best, since_best = (loss, 0) if improves else (best, since_best + 1)
+        return patience is not None and since_best >= patience
+
+    def _tracker(self) -> str | JsonLines | None:
+        config = self.config
+        if config.tracker == "jsonl":
+            return JsonLines(config.output_dir)  # type: ignore[arg-type]
+        return None if config.tracker == "none" else config.tracker
+
+    @contextmanager
+    def _tracking(self, accelerator: Accelerator, result: TrainingResult) -> Iterator[None]:
+        if self.config.tracker == "none":
+            yield
+            return
+        options = {
+            name: value if isinstance(value, (bool, int, float, str)) else str(value)
+            for name, value in asdict(self.config).items()
+        }
+        # what an interrupted run has written beyond its last checkpoint comes again
+        arguments = {"tensorboard": {"purge_step": len(result.steps) + 1}}
+        accelerator.init_trackers("hylorada", options, arguments)
+        if self.config.tracker == "jsonl":
+            for record in result.steps:
+                _track(accelerator, record)
+                if record.step in result.eval_losses:
+                    accelerator.log({"eval_loss": result.eval_losses[record.step]}, step=record.step)
+        try:
+            yield
+        finally:
+            for tracker in accelerator.trackers:
+                tracker.finish()
+
     def _autocast(self, accelerator: Accelerator) -> torch.autocast:
         dtype = _AUTOCAST_DTYPES[self.precision]
         return torch.autocast(accelerator.device.type, dtype=dtype, enabled=dtype is not None)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
-        if not _trainable(self.model):
+        parameters = list(trainable(self.model).values())
+        if not parameters:
             raise ValueError("the model has no trainable parameter: adapt it with HyLoRADAModel, or unfreeze some")
         if hasattr(self.model, "hylorada_config"):
             groups = get_lora_plus_param_groups(
@@ -278,20 +545,54 @@ class HyLoRADATrainer:
                 "magnitude_learning_rate and position_learning_rate are for models adapted by HyLoRADAModel"
             )
         else:
-            groups = [{"params": _trainable(self.model), "weight_decay": config.weight_decay}]
+            groups = [{"params": parameters, "weight_decay": config.weight_decay}]
         return torch.optim.AdamW(groups, lr=config.learning_rate)
 
-    def _check_dataloader(self) -> None:
+    def _check_dataloaders(self) -> None:
         expected, given = self.config.per_device_batch_size, getattr(self.train_dataloader, "batch_size", None)
         if expected is not None and given is not None and expected != given:
             raise ValueError(
                 f"per_device_batch_size is {expected}, but train_dataloader makes batches of {given}: make them equal, "
                 "or leave per_device_batch_size out"
             )
+        if self.config.early_stopping_patience is not None and self.eval_dataloader is None:
+            raise ValueError(
+                f"early_stopping_patience={self.config.early_stopping_patience} needs an eval_dataloader to watch"
+            )
 
 
-def _trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+@contextmanager
+def _sigterm_deferred(wanted: bool) -> Iterator[Callable[[], bool]]:
+    """Yield whether SIGTERM has come, in place of what it did before; only the main thread can."""
+    received: list[int] = []
+    previous = signal.getsignal(signal.SIGTERM)
+    # None: a handler that Python cannot put back
+    if not wanted or previous is None or threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    try:
+        yield lambda: bool(received)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _in_any_process(happened: bool, accelerator: Accelerator) -> bool:
+    if accelerator.num_processes == 1:
+        return happened
+    return bool(accelerator.reduce(torch.tensor(float(happened), device=accelerator.device), reduction="sum"))
+
+
+def _track(accelerator: Accelerator, record: StepRecord) -> None:
+    values = asdict(record)
+    accelerator.log(values, step=values.pop("step"))
+
+
+def _length(data: Any) -> int | None:
+    try:
+        return len(data)
+    except TypeError:
+        return None
 
 
 def _inherited_precision(model: nn.Module) -> str:

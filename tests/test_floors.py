@@ -13,9 +13,9 @@ LIBRARY = sorted((ROOT / "hylorada").rglob("*.py"))
 
 # what a module of hylorada may import of hylorada: modules of lower floors, and its own floor's from the list on
 FLOORS = [
-    ["assets", "config", "memory", "provenance", "report", "row_attention"],
+    ["assets", "checkpoint", "config", "memory", "provenance", "report", "row_attention", "trackers"],
     ["data", "pretrained", "position", "storage"],
-    ["daa", "embeddings", "landmark", "lora", "rope", "evaluation"],
+    ["daa", "embeddings", "landmark", "lora", "rope", "evaluation", "run_state"],
     ["s2_attention", "sparse"],
     ["components", "estimate"],
     ["model"],
