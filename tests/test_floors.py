@@ -19,7 +19,7 @@ FLOORS = [
     ["s2_attention", "sparse"],
     ["components", "estimate"],
     ["model"],
-    ["baselines", "trainer", "integrations.peft_files"],
+    ["baselines", "trainer", "integrations.peft_files", "integrations.trl"],
     ["integrations.peft"],
 ]
 

@@ -2,9 +2,8 @@
 
 import copy
 import itertools
-import os
-import subprocess
-import sys
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -410,41 +409,69 @@ def test_trainer_of_transformers_trains_the_same_model(make_model, rows, tmp_pat
     assert_same_parameters(trainable(theirs), trainable(ours), rtol=1e-4, atol=1e-5)
 
 
-TWO_PROCESSES = """
-import sys, torch
-from transformers import LlamaConfig, LlamaForCausalLM
-from hylorada import HyLoRADAConfig, HyLoRADAModel
-from hylorada.data import collate
-from hylorada.trainer import HyLoRADATrainer, TrainingConfig
+@pytest.mark.parametrize("padded", [False, True])
+def test_trl_trains_the_same_model(make_model, tokenizer, tmp_path, padded):
+    """Its loss is over the same tokens, so that its steps are ours."""
+    pytest.importorskip("trl")
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
 
-torch.manual_seed(0)
-base = LlamaForCausalLM(LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                                    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128))
-model = HyLoRADAModel(base, HyLoRADAConfig(lora_rank=4, lora_dropout=0.0, gradient_checkpointing=False))
-generator = torch.Generator().manual_seed(2)
-rows = [{"input_ids": torch.randint(3, 97, (n,), generator=generator).tolist()} for n in (12, 5, 9, 2, 16, 7, 11, 3)]
-loader = torch.utils.data.DataLoader(rows, batch_size=int(sys.argv[2]), collate_fn=collate)
-config = TrainingConfig(num_epochs=2, gradient_accumulation_steps=2, mixed_precision="fp32", show_progress=False)
-optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
-result = HyLoRADATrainer(model, loader, config=config, optimizer=optimizer).train()
-if torch.distributed.is_initialized() and torch.distributed.get_rank():
-    sys.exit()
-trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-losses, tokens = [step.loss for step in result.steps], [step.tokens for step in result.steps]
-torch.save({"parameters": trained, "losses": losses, "tokens": tokens}, sys.argv[1])
-"""
+    from hylorada.integrations.trl import prepare_sft
+
+    rows = [{"input_ids": list(range(3, 3 + length))} for length in ((5, 9, 7, 12) if padded else (9,) * 4)]
+    parts = {"position_bias_enabled": True, "landmark_enabled": True}
+    ours, theirs = make_model(**parts), make_model(**parts)
+    fields = config(max_steps=5, lr_scheduler="constant", max_grad_norm=None)
+    result = HyLoRADATrainer(ours, loader(rows, 4), config=fields, optimizer=sgd(ours)).train()
+    arguments = SFTConfig(
+        output_dir=str(tmp_path),
+        max_steps=5,
+        per_device_train_batch_size=4,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        max_length=64,
+        use_cpu=True,
+        bf16=False,
+    )
+    trainer = SFTTrainer(
+        model=theirs,
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        optimizers=(sgd(theirs), None),
+    )
+    prepare_sft(trainer).train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses == pytest.approx([record.loss for record in result.steps], rel=1e-4)
+    assert losses[-1] < losses[0]
+    assert_same_parameters(trainable(theirs), trainable(ours), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one_does(tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(TWO_PROCESSES)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    one, two = tmp_path / "one.pt", tmp_path / "two.pt"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for command in ([sys.executable, script, one, "4"], [*launch, script, two, "2"]):
-        subprocess.run(list(map(str, command)), env=environment, check=True)
-    expected, actual = torch.load(one), torch.load(two)
-    assert actual["tokens"] == expected["tokens"]
-    assert actual["losses"] == pytest.approx(expected["losses"], rel=1e-5)
-    assert_same_parameters(actual["parameters"], expected["parameters"], rtol=1e-4, atol=1e-6)
+class Constant(torch.nn.Module):
+    """Predicts every token with the same three probabilities, proportional to 1, 2 and 3."""
+
+    def __init__(self):
+        super().__init__()
+        self.scores = torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0]).log())
+
+    def forward(self, input_ids, **_):
+        return SimpleNamespace(logits=self.scores.expand(*input_ids.shape, 3))
+
+
+def test_loss_and_gradient_are_those_of_a_computation_by_hand():
+    # predicted: 2 | 1 0 (its 2 is masked) | 2 2, of lengths that the batch pads
+    rows = [{"input_ids": [0, 2]}, {"input_ids": [1, 2, 1, 0], "labels": [1, -100, 1, 0]}, {"input_ids": [0, 2, 2]}]
+    model = Constant()
+    fields = config(gradient_accumulation_steps=2, max_grad_norm=None, lr_scheduler="constant")
+    result = HyLoRADATrainer(model, loader(rows, 2), config=fields, optimizer=sgd(model, lr=1.0)).train()
+    # -log of 1/2, 1/3, 1/6, 1/2, 1/2
+    assert result.steps[0].loss == pytest.approx(math.log(2 * 3 * 6 * 2 * 2) / 5)
+    assert result.steps[0].tokens == 5 and len(result.steps) == 1
+    # the probabilities less the parts that the five tokens have: 1/6 - 1/5, 1/3 - 1/5, 1/2 - 3/5
+    gradient = torch.tensor([-1 / 30, 2 / 15, -1 / 10])
+    torch.testing.assert_close(model.scores.detach(), torch.tensor([1.0, 2.0, 3.0]).log() - gradient)
+    assert result.steps[0].grad_norm == pytest.approx(gradient.norm().item())
