@@ -106,8 +106,13 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def gathered(tree: Any, accelerator: Accelerator) -> Any:
-    """A tree with its tensors whole and on the CPU; every process takes part, the main one gets it, the others None."""
-    return _mapped(tree, lambda tensor: whole(tensor.detach()).cpu() if accelerator.is_main_process else _join(tensor))
+    """A tree with its tensors whole and on the CPU; every process takes part, and all but the main one get None."""
+
+    def take(tensor: Tensor) -> Tensor | None:
+        complete = whole(tensor.detach())
+        return complete.cpu() if accelerator.is_main_process else None
+
+    return _mapped(tree, take)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -182,10 +187,6 @@ def _like(value: Tensor, parameter: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(value, parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
-
-
-def _join(tensor: Tensor) -> None:
-    whole(tensor.detach())
 
 
 def _mapped(tree: Any, function: Callable[[Tensor], Any]) -> Any:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
 from pathlib import Path
 from typing import IO, Any
 
-from accelerate.tracking import GeneralTracker, on_main_process
+from accelerate.tracking import GeneralTracker, get_available_trackers, on_main_process
 
 TRACKERS = ("none", "jsonl", "tensorboard", "wandb", "trackio")
 # these write into output_dir
@@ -21,7 +20,8 @@ _PACKAGES = {"tensorboard": "hylorada[tensorboard]", "wandb": "wandb", "trackio"
 
 def require_tracker(name: str) -> None:
     """RuntimeError where the package of a tracker is not installed."""
-    if name in _PACKAGES and importlib.util.find_spec(name) is None:
+    # accelerate leaves out, without a word, what it does not find
+    if name in _PACKAGES and name not in map(str, get_available_trackers()):
         raise RuntimeError(f'tracker "{name}" needs the package {name}: pip install "{_PACKAGES[name]}"')
 
 

@@ -154,10 +154,10 @@ class TrainingConfig:
         self._check_output()
 
     def _check_output(self) -> None:
-        for name, kinds in (("output_dir", (str, os.PathLike)), ("resume", (bool, str, os.PathLike))):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, kinds):
-                raise TypeError(f"{name} must be a path or None, got {value!r}")
+        if not isinstance(self.output_dir, (str, os.PathLike, type(None))):
+            raise TypeError(f"output_dir must be a path or None, got {self.output_dir!r}")
+        if not isinstance(self.resume, (bool, str, os.PathLike, type(None))):
+            raise TypeError(f'resume must be a path, "latest", "auto", True, False or None, got {self.resume!r}')
         if self.output_dir is None:
             needing = [name for name in ("save_steps", "save_total_limit") if getattr(self, name) is not None]
             if self.resume in (True, "latest", "auto"):

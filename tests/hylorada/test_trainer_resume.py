@@ -1,5 +1,6 @@
 """Runs that stop and go on bit for bit, from any step, after any death; what is refused before anything changes."""
 
+import itertools
 import json
 import os
 import random
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils.data import DataLoader, WeightedRandomSampler
+from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
 
 from hylorada.checkpoint import checkpoints
 from hylorada.data import collate
@@ -26,7 +27,11 @@ STEPS = 6
 
 
 def run(model, sampler="shuffled", evaluation=True, rows=ROWS, optimizer=None, **fields):
-    order = {"shuffle": True} if sampler == "shuffled" else {"sampler": WeightedRandomSampler([1.0] * len(rows), 9)}
+    orders = {
+        "shuffled": lambda: {"shuffle": True},
+        "weighted": lambda: {"sampler": WeightedRandomSampler([1.0] * len(rows), 9)},
+        None: dict,
+    }
     defaults = {
         "num_epochs": 2,
         "learning_rate": 1e-2,
@@ -40,7 +45,7 @@ def run(model, sampler="shuffled", evaluation=True, rows=ROWS, optimizer=None, *
     }
     return HyLoRADATrainer(
         model,
-        DataLoader(rows, batch_size=2, collate_fn=collate, **order),
+        DataLoader(rows, batch_size=2, collate_fn=collate, **orders[sampler]()),
         DataLoader(ROWS[:4], batch_size=2, collate_fn=collate) if evaluation else None,
         config=TrainingConfig(**defaults | fields),
         optimizer=optimizer,
@@ -98,6 +103,39 @@ def test_a_run_resumed_at_any_step_is_the_uninterrupted_one(adapted, tmp_path, p
         model = adapted()
         resumed = run(model, resume=tmp_path / f"checkpoint-{step}", **fields)
         assert_same_run(resumed, whole, model, whole_model)
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        return itertools.cycle(ROWS)
+
+
+def test_data_without_length_goes_on_where_it_was(adapted, tmp_path):
+    whole_model, model = adapted(), adapted()
+    fields = {"sampler": None, "rows": Endless(), "max_steps": 5}
+    whole = run(whole_model, output_dir=tmp_path, save_steps=3, **fields)
+    resumed = run(model, resume=tmp_path / "checkpoint-3", **fields)
+    # where the data goes on is not where it begins
+    assert [record.tokens for record in whole.steps[3:]] != [record.tokens for record in whole.steps[:2]]
+    assert_same_run(resumed, whole, model, whole_model)
+
+
+class Drawing(torch.utils.data.Dataset):
+    """Rows that depend on Python's and NumPy's random numbers."""
+
+    def __len__(self):
+        return len(ROWS)
+
+    def __getitem__(self, i):
+        return {"input_ids": [3 + random.randrange(90), *ROWS[i]["input_ids"], 3 + int(np.random.randint(90))]}
+
+
+def test_the_seed_reaches_every_source_of_random_numbers(adapted):
+    losses = []
+    for seed in (3, 3, 4):
+        disturb_random_numbers()
+        losses.append([record.loss for record in run(adapted(), rows=Drawing(), seed=seed).steps])
+    assert losses[0] == losses[1] and losses[0][0] != losses[2][0]
 
 
 def test_saving_changes_nothing(adapted, tmp_path):
@@ -329,7 +367,7 @@ def test_there_must_be_something_to_resume(adapted, tmp_path):
         ({"tracker": "tensorboard"}, ValueError, "tracker='tensorboard' needs output_dir"),
         ({"tracker": "abacus"}, ValueError, "tracker must be one of none, jsonl, .*got 'abacus'"),
         ({"output_dir": 3}, TypeError, "output_dir must be a path or None, got 3"),
-        ({"resume": 1}, TypeError, "resume must be a path or None, got 1"),
+        ({"resume": 1}, TypeError, 'resume must be a path, "latest", .*got 1'),
         ({"output_dir": "x", "save_steps": 0}, ValueError, "save_steps must be at least 1"),
         ({"early_stopping_patience": 0}, ValueError, "early_stopping_patience must be at least 1"),
         ({"early_stopping_threshold": 0.1}, ValueError, "does nothing without early_stopping_patience"),
