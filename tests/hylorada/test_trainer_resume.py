@@ -105,6 +105,14 @@ def test_a_run_resumed_at_any_step_is_the_uninterrupted_one(adapted, tmp_path, p
         assert_same_run(resumed, whole, model, whole_model)
 
 
+def test_a_whole_model_with_tied_weights_goes_on_too(make_base, tmp_path):
+    models = [make_base("gpt2", tie_word_embeddings=True) for _ in range(2)]
+    assert models[0].lm_head.weight is models[0].transformer.wte.weight
+    whole = run(models[0], output_dir=tmp_path, save_steps=2)
+    resumed = run(models[1], resume=tmp_path / "checkpoint-4")
+    assert_same_run(resumed, whole, models[1], models[0])
+
+
 class Endless(IterableDataset):
     def __iter__(self):
         return itertools.cycle(ROWS)
