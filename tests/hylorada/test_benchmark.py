@@ -167,7 +167,7 @@ def test_results_survive_a_later_failure(run, tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (["--methods", "lora", "qlora"], "unknown method 'qlora'"),
-        (["--dataset", "pg19"], "dataset 'pg19' is not built yet"),
+        (["--dataset", "pg19"], "dataset 'pg19' (split 'train' of emozilla/pg19) cannot be had"),
         (["--dataset", "nowhere"], "unknown dataset 'nowhere'"),
         (["--model", "no-such/model"], "model 'no-such/model' cannot be had"),
         (["--lora_rank", "0"], "lora_rank"),

