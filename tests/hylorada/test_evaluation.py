@@ -1,11 +1,22 @@
-"""Perplexity against hand-computed values."""
+"""Perplexity and comparisons of models against hand-computed values."""
 
+import json
 import math
 
 import pytest
 import torch
 
-from hylorada.evaluation import evaluate_perplexity, mean_loss
+from hylorada import HyLoRADAConfig, HyLoRADAModel
+from hylorada.evaluation import (
+    KeyValueTask,
+    compare_models,
+    evaluate_lost_in_the_middle,
+    evaluate_passkey,
+    evaluate_perplexity,
+    mean_loss,
+    run_full_evaluation,
+)
+from hylorada.statistics import bootstrap_interval
 
 TEXTS = ["In the beginning", "was the word, and it was good.", "so"]
 
@@ -124,6 +135,9 @@ def test_overflow_is_infinite(make_base, tokenizer):
         ([{"input_ids": [[3, 4]]}], {}, r"one dimension.*\(1, 2\)"),
         (TEXTS, {"max_length": 1}, "max_length must be at least 2"),
         (TEXTS, {"batch_size": 0}, "batch_size must be at least 1"),
+        (TEXTS, {"max_length": 8, "stride": 8}, r"stride must lie between 1 and max_length - 1 = 7, got 8"),
+        (TEXTS, {"max_length": 8, "stride": 0}, "stride must lie between 1 and max_length - 1 = 7, got 0"),
+        ([{"input_ids": [3, 4], "position_ids": [0, 1]}], {}, "packed of several documents"),
     ],
 )
 def test_bad_input_is_named(make_base, tokenizer, dataset, options, message):
@@ -139,3 +153,90 @@ def test_texts_need_a_tokenizer(make_base):
 def test_windows_beyond_learned_positions_are_refused(make_base, tokenizer):
     with pytest.raises(ValueError, match=r"129 tokens.*128 positions"):
         evaluate_perplexity(make_base("gpt2"), ["a" * 129], tokenizer)
+
+
+@pytest.mark.parametrize(("stride", "batch_size"), [(1, 4), (3, 1), (7, 3)])
+def test_sliding_windows_predict_every_token_once_with_their_context(make_base, tokenizer, stride, batch_size):
+    model = make_base(dtype=torch.float64)
+    losses = []
+    for ids in (tokenizer(text)["input_ids"] for text in TEXTS):
+        for target in range(1, len(ids)):
+            # the first window reaches to 8; then one begins at every multiple of stride
+            start = 0 if target < 8 else stride * -(-(target - 7) // stride)
+            assert target - start >= min(target, 8 - stride) and target - start < 8
+            losses.append(loss_of_token(model, ids[start:target], ids[target]))
+    _, loss = evaluate_perplexity(model, TEXTS, tokenizer, max_length=8, stride=stride, batch_size=batch_size)
+    assert loss == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+
+
+def loss_of_token(model, context, token) -> float:
+    with torch.no_grad():
+        return -model(torch.tensor([context])).logits[0, -1].log_softmax(-1)[token].item()
+
+
+def test_sliding_windows_skip_ignored_labels(make_base):
+    model = make_base(dtype=torch.float64)
+    ids, labels = list(range(5, 17)), [-100] * 9 + [14, -100, 16]
+    _, loss = evaluate_perplexity(model, [{"input_ids": ids, "labels": labels}], max_length=6, stride=2)
+    by_hand = [loss_of_token(model, ids[4:9], 14), loss_of_token(model, ids[6:11], 16)]
+    assert loss == pytest.approx(sum(by_hand) / 2, rel=1e-6)
+
+
+def test_models_are_compared_window_by_window(make_base, make_model, tokenizer):
+    models = {"base": make_base(dtype=torch.float64), "adapted": make_model(dtype=torch.float64)}
+    found = compare_models(models, TEXTS, tokenizer, max_length=8, batch_size=2)
+
+    for name, model in models.items():
+        perplexity, loss = evaluate_perplexity(model, TEXTS, tokenizer, max_length=8)
+        assert found["models"][name]["loss"] == pytest.approx(loss, rel=1e-6)
+        assert found["models"][name]["perplexity"] == pytest.approx(perplexity, rel=1e-6)
+
+    tokens = [tokenizer(text)["input_ids"] for text in TEXTS]
+    windows = [ids[i : i + 8] for ids in tokens for i in range(0, len(ids) - 1, 8)]
+    differences = [loss_by_hand(models["adapted"], [w]) - loss_by_hand(models["base"], [w]) for w in windows]
+    weights = [len(window) - 1 for window in windows]
+    assert found["windows"] == len(windows) and found["tokens"] == sum(weights)
+    difference = found["models"]["adapted"]["loss_difference"]
+    mean = sum(w * d for w, d in zip(weights, differences, strict=True)) / sum(weights)
+    assert difference["mean"] == pytest.approx(mean, rel=1e-5)
+    assert difference["interval"] == pytest.approx(bootstrap_interval(differences, weights), rel=1e-5)
+    assert found["compared_with"] == "base" and "loss_difference" not in found["models"]["base"]
+
+
+def test_equal_models_differ_by_nothing(make_base, tokenizer):
+    found = compare_models({"a": make_base(), "b": make_base()}, iter(TEXTS), tokenizer)
+    assert found["models"]["b"]["loss_difference"] == {"mean": 0, "interval": [0, 0]}
+
+
+def test_comparison_needs_two_models(make_base, tokenizer):
+    with pytest.raises(ValueError, match=r"at least 2 models, got \['a'\]"):
+        compare_models({"a": make_base()}, TEXTS, tokenizer)
+
+
+LETTERS = [letter * 2 for letter in "abcdefghijklmnopqrstuvwxyz"]
+TASK = KeyValueTask(
+    num_pairs=4, keys=LETTERS, values=LETTERS, header="", pair="{key} {value}", question="\n{key}", answer=" {value}"
+)
+
+
+def test_full_evaluation_is_its_parts(make_base, tokenizer):
+    config = HyLoRADAConfig(lora_rank=4, lora_target_modules=("q_proj",), max_sequence_length=400)
+    model = HyLoRADAModel(make_base(max_position_embeddings=512), config)
+    dataset = ["It was the best of times, it was the worst of times. " * 12]
+    found = run_full_evaluation(
+        model=model, test_dataset=iter(dataset), tokenizer=tokenizer, config=config, num_samples=1, task=TASK, seed=3
+    )
+    assert found["max_length"] == 400
+    assert found["config"] == config.to_dict()
+    assert found["parameters"] == {name: model.count_params()[name] for name in ("total", "trainable")}
+    assert (found["perplexity"], found["loss"]) == evaluate_perplexity(model, dataset, tokenizer, 400)
+    shared = {"max_length": 400, "seed": 3}
+    assert found["lost_in_the_middle"] == evaluate_lost_in_the_middle(model, dataset, tokenizer, 1, task=TASK, **shared)
+    assert found["passkey"] == evaluate_passkey(model, tokenizer, 1, **shared)
+    json.dumps(found)
+
+
+def test_full_evaluation_reads_no_further_than_the_model(make_base, tokenizer):
+    model = make_base(max_position_embeddings=300)
+    found = run_full_evaluation(model, ["It was the best of times. " * 20], tokenizer, num_samples=1, task=TASK)
+    assert found["max_length"] == 300 and found["config"] is None
