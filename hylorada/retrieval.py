@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import string
 import uuid
@@ -388,7 +389,7 @@ def _fitting_task(tokenizer: Any, max_length: int) -> KeyValueTask:
     if count < 3:
         raise ValueError(
             f"max_length={max_length} has no room for three pairs of UUIDs: give at least "
-            f"{int((fixed + 5 * a_pair) / 0.95)}, or a task of shorter pairs"
+            f"{math.ceil((fixed + 4 * a_pair) / 0.95)}, or a task of shorter pairs"
         )
     return KeyValueTask(num_pairs=count)
 

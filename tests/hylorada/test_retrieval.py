@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 
 import pytest
 import torch
@@ -208,8 +209,11 @@ def test_as_many_pairs_as_fit_are_listed(make_base, tokenizer):
         found = key_value_retrieval(model, tokenizer, 1, max_length=max_length, num_depths=3, generate=False)
         # a UUID has 36 characters, of which this tokenizer makes as many tokens
         assert 0.8 * max_length < found["tokens"] <= max_length
-    with pytest.raises(ValueError, match="no room for three pairs of UUIDs: give at least"):
+    with pytest.raises(ValueError, match="no room for three pairs of UUIDs: give at least") as refused:
         key_value_retrieval(model, tokenizer, 2, max_length=300)
+    least = int(re.search(r"at least (\d+)", str(refused.value))[1])
+    found = key_value_retrieval(model, tokenizer, 1, max_length=least, num_depths=3, generate=False)
+    assert found["num_pairs"] == 3
 
 
 def test_prompts_that_are_too_long_are_refused(make_base, tokenizer):
