@@ -1,43 +1,33 @@
-"""Compare fine-tuning methods on one model and one text: held-out perplexity before and after, time, memory.
+"""Compare fine-tuning methods on one model and one text: held-out perplexity with intervals, time, memory.
 
-    python benchmarks/run_benchmark.py --methods baseline lora dora hylorada --steps 30
+    python benchmarks/run_benchmark.py --methods baseline lora dora hylorada --steps 30 --seeds 0 1 2
 
-Every method runs in a process of its own, from the same weights, on the same layers and the same batches.
+Every run is in a process of its own, from the same weights, on the same layers and, by seed, on the same batches.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
+import json
 import logging
-import multiprocessing
-import statistics
+import math
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from hylorada.baselines import METHODS, baseline_config, get_baseline_model
-from hylorada.config import HyLoRADAConfig
-from hylorada.data import Block, Document, load_documents, make_dataloader, pad_token_id, split_documents, token_blocks
-from hylorada.evaluation import evaluate_perplexity
-from hylorada.memory import PeakMemory, peak_memory
+from hylorada.baselines import METHODS
+from hylorada.comparison import DTYPES, Arm, Comparison, check_groups, declare_length, run_in_own_process
+from hylorada.data import Document, load_documents, pad_token_id, split_documents, token_blocks
 from hylorada.model import HyLoRADAModel
 from hylorada.pretrained import SMOLLM2, load_pretrained
 from hylorada.provenance import provenance
-from hylorada.report import comparison_table, write_report
-from hylorada.s2_attention import SMALLEST_AUTO_GROUP
+from hylorada.report import comparison_table, difference_table, write_report
 from hylorada.sparse import find_mlp_outputs
-from hylorada.trainer import HyLoRADATrainer, StepRecord, TrainingConfig
+from hylorada.trainer import TrainingConfig
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TRAINING_FLAGS = {
     "num_epochs": "--epochs",
     "max_steps": "--steps",
@@ -48,63 +38,104 @@ TRAINING_FLAGS = {
     "warmup_ratio": "--warmup_ratio",
     "seed": "--seed",
 }
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What all methods of one run share."""
-
-    model: str
-    dtype: str
-    max_length: int
-    overrides: dict[str, Any]
-    rates: dict[str, float]
-    training: TrainingConfig
-    train_blocks: list[Block]
-    test_blocks: list[Block]
+# the first documents' own way to measure: GPT-2 on lines of WikiText-2, each padded to max_length, the padding learned,
+# and perplexity as the mean of every line's own
+AUTHOR = {
+    "model": "openai-community/gpt2",
+    "dataset": "wikitext",
+    "max_length": 512,
+    "num_train": 500,
+    "num_test": 500,
+    "epochs": 1,
+    "batch_size": 4,
+    "grad_accum": 16,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    options = parse(_parser(), arguments)
+    return report_errors("run_benchmark", lambda: compare(options, [Arm(name, name) for name in options.methods]))
+
+
+def report_errors(program: str, run: Any) -> int:
+    """Run a comparison; what cannot be run is one line on standard error and the exit status 2."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        _run(options)
+        run()
     except (ValueError, TypeError, OSError, NotImplementedError) as error:
-        print(f"run_benchmark: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _run(options: argparse.Namespace) -> None:
-    overrides = _overrides(options)
-    # a name or a value that no method takes shows before anything is downloaded
-    configs = {method: baseline_config(method, **overrides) for method in options.methods}
-    rates = _learning_rates(options.lr, [method for method in options.methods if method != "baseline"])
-    for rate in (*rates.values(), TrainingConfig.learning_rate):
-        _training_config(options, rate)
+def compare(options: argparse.Namespace, arms: list[Arm], reference: str | None = None) -> None:
+    """Run every arm with every seed, write the report after each, and print the tables at the end.
+
+    reference: the arm that the others are compared with; default: the first that is trained
+    """
+    shared = shared_fields(options, arms)
+    # a name or a value that no arm takes shows before anything is downloaded
+    for arm in arms:
+        check_groups(arm, shared, options.max_length)
+    trained = [arm.name for arm in arms if arm.is_trained]
+    rates = _learning_rates(options.lr, trained)
+    grid = [_rate(text, "--lr_grid") for text in options.lr_grid or []]
+    for rate in (*rates.values(), *grid, TrainingConfig.learning_rate):
+        for seed in options.seeds:
+            _training_config(options, rate, seed)
     documents = load_documents(options.dataset)
     model, tokenizer = load_pretrained(options.model, DTYPES[options.dtype])
-    # likewise what the model rules out, or an option that all methods share, before anything is measured
-    if "sparse" in options.methods:
+    # likewise what the model rules out, or an option that all arms share, before anything is measured
+    declare_length(model, options.original_length)
+    if any(arm.method == "sparse" for arm in arms):
         find_mlp_outputs(model)
-    for config in [config for config in configs.values() if config is not None][-1:]:
+    for config in [config for arm in arms if (config := arm.config(shared)) is not None][-1:]:
         HyLoRADAModel(model, config)
-    comparison, data = _prepare(options, documents, tokenizer, overrides, rates)
-    settings = {"dtype": options.dtype, **overrides, **dataclasses.asdict(comparison.training)}
-    # each row has its own
-    del settings["learning_rate"], settings["seed"]
-    facts = {**provenance(), "model": options.model, "data": data, "settings": settings, "seed": options.seed}
-    directory = _make_directory(Path(options.output_dir), datetime.now())
+    del model
 
+    comparison, data = _prepare(options, documents, tokenizer, shared)
+    search = _prepare(options, documents, tokenizer, shared, validation=True)[0] if grid else None
+    facts = {**provenance(), "model": options.model, "data": data, "settings": _settings(options, shared)}
+    directory = _make_directory(Path(options.output_dir), datetime.now())
+    searches = _search_rates(search, arms, grid, options.seeds[0], directory / "search.json") if search else {}
+    rates |= {name: min(losses, key=losses.__getitem__) for name, losses in searches.items()}
+
+    for arm in arms:
+        for name, value in arm.decided(shared).items():
+            logging.info("%s decides %s=%r itself; the flag is for the others", arm.name, name, value)
     rows: list[dict[str, Any]] = []
-    for number, method in enumerate(options.methods, start=1):
-        print(f"\n[{number}/{len(options.methods)}] {method}", flush=True)
-        measured = _in_own_process(comparison, method)
-        rows.append({"method": method, **measured, **facts})
-        # after every method, so that a later failure leaves what was measured
-        paths = write_report(rows, directory)
-    print(f"\n{comparison_table(rows)}\n")
+    before: dict[str, list[float]] = {}
+    # an arm that is not trained is the same for all seeds
+    runs = [(seed, arm) for seed in options.seeds for arm in arms if arm.is_trained or seed == options.seeds[0]]
+    for number, (seed, arm) in enumerate(runs, start=1):
+        print(f"\n[{number}/{len(runs)}] {arm.name}, seed {seed}", flush=True)
+        measured = _run(comparison, arm, rates.get(arm.name), seed, before.get(arm.name))
+        before[arm.name] = measured["losses_before"]
+        rows.append({"method": arm.name, "meaning": arm.meaning, "seed": seed, **measured, **facts})
+        # after every run, so that a later failure leaves what was measured
+        paths = write_report(rows, directory, searches, reference)
+    tables = [comparison_table(rows), difference_table(rows, reference)]
+    print("\n" + "\n\n".join(table for table in tables if table) + "\n")
     print("\n".join(str(path) for path in paths))
+
+
+# a name of this module's own, so that a test can put something faster in its place
+_run = run_in_own_process
+
+
+def _search_rates(
+    comparison: Comparison, arms: list[Arm], grid: list[float], seed: int, path: Path
+) -> dict[str, dict[float, float]]:
+    """Return each trained arm's validation perplexity by learning rate."""
+    found: dict[str, dict[float, float]] = {}
+    trained = [arm for arm in arms if arm.is_trained]
+    for number, (arm, rate) in enumerate(itertools.product(trained, grid), start=1):
+        print(f"\n[search {number}/{len(trained) * len(grid)}] {arm.name}, learning rate {rate:g}", flush=True)
+        # what the model is before training is not asked here
+        measured = _run(comparison, arm, rate, seed, [math.nan] * len(comparison.test_rows))
+        found.setdefault(arm.name, {})[rate] = measured["perplexity_after"]
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return found
 
 
 def _make_directory(parent: Path, now: datetime) -> Path:
@@ -124,172 +155,146 @@ def _prepare(
     options: argparse.Namespace,
     documents: list[Document],
     tokenizer: Any,
-    overrides: dict[str, Any],
-    rates: dict[str, float],
+    shared: dict[str, Any],
+    validation: bool = False,
 ) -> tuple[Comparison, dict[str, Any]]:
+    validation = validation or options.validation
     train_documents, test_documents = split_documents(documents)
-    if options.validation:
+    if validation:
         train_documents, test_documents = split_documents(train_documents, seed=1)
-    train_blocks = token_blocks(train_documents, tokenizer, options.max_length, options.num_train)
-    test_blocks = token_blocks(test_documents, tokenizer, options.max_length, options.num_test)
+    is_author = options.protocol == "author"
+    make_rows = _line_rows if is_author else token_blocks
     comparison = Comparison(
         model=options.model,
         dtype=options.dtype,
-        max_length=options.max_length,
-        overrides=overrides,
-        rates=rates,
-        training=_training_config(options, TrainingConfig.learning_rate),
-        train_blocks=train_blocks,
-        test_blocks=test_blocks,
+        original_length=options.original_length,
+        shared=shared,
+        training=_training_config(options, TrainingConfig.learning_rate, options.seeds[0]),
+        train_rows=make_rows(train_documents, tokenizer, options.max_length, options.num_train),
+        test_rows=make_rows(test_documents, tokenizer, options.max_length, options.num_test),
+        by_row=is_author,
     )
+    if is_author:
+        padding = pad_token_id(tokenizer)
+        for row in comparison.train_rows:
+            row["input_ids"].extend([padding] * (options.max_length - len(row["input_ids"])))  # type: ignore[index]
     data = {
         "name": options.dataset,
-        "held out": "validation" if options.validation else "test",
+        "held out": "validation" if validation else "test",
+        "rows": "lines, in training padded with learned padding" if is_author else "blocks of a document",
         "max_length": options.max_length,
         "train documents": len(train_documents),
-        "train blocks": len(train_blocks),
+        "train rows": len(comparison.train_rows),
         "held-out documents": len(test_documents),
-        "held-out blocks": len(test_blocks),
-        "held-out tokens": sum(len(block["input_ids"]) - 1 for block in test_blocks),
+        "held-out rows": len(comparison.test_rows),
+        "held-out tokens": sum(comparison.test_tokens),
     }
     return comparison, data
 
 
-def _in_own_process(comparison: Comparison, method: str) -> dict[str, Any]:
-    # a fresh process: its peak memory is the method's, and no method inherits another one's state
-    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as executor:
-        return executor.submit(run_method, comparison, method).result()
+def _line_rows(
+    documents: Sequence[Document], tokenizer: Any, max_length: int, limit: int | None
+) -> list[dict[str, Any]]:
+    """Return the first lines with at least two tokens, each cut to max_length."""
+    lines = (line.strip() for document in documents for line in document.text.split("\n"))
+    encoded = (tokenizer(line, verbose=False)["input_ids"][:max_length] for line in lines if line)
+    rows = [{"input_ids": ids} for ids in itertools.islice((ids for ids in encoded if len(ids) > 1), limit)]
+    if not rows:
+        raise ValueError("the documents hold no line of at least 2 tokens")
+    return rows
 
 
-def run_method(comparison: Comparison, method: str) -> dict[str, Any]:
-    """Evaluate one method, train it, evaluate it again; return what was measured."""
-    torch.manual_seed(comparison.training.seed)
-    base, tokenizer = load_pretrained(comparison.model, DTYPES[comparison.dtype])
-    base.to("cuda" if torch.cuda.is_available() else "cpu")
-    model = get_baseline_model(method, base, **comparison.overrides)
-
-    with peak_memory() as peak:
-        before = _perplexity(model, tokenizer, comparison)
-    if method == "baseline":
-        return _measurements(0, None, before, before, peak, [])
-
-    training = dataclasses.replace(comparison.training, learning_rate=comparison.rates[method])
-    batch_size = training.per_device_batch_size or 1
-    loader = make_dataloader(comparison.train_blocks, batch_size, pad_token_id(tokenizer), shuffle=True)
-    with peak_memory() as peak:
-        result = HyLoRADATrainer(model=model, train_dataloader=loader, config=training).train()
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    after = _perplexity(model, tokenizer, comparison)
-    return _measurements(trainable, training.learning_rate, before, after, peak, result.steps)
+def _settings(options: argparse.Namespace, shared: dict[str, Any]) -> dict[str, Any]:
+    training = vars(_training_config(options, TrainingConfig.learning_rate, options.seeds[0])).copy()
+    # each row has its own
+    del training["learning_rate"], training["seed"]
+    chosen = {"protocol": options.protocol, "dtype": options.dtype, "original_length": options.original_length}
+    return chosen | shared | training
 
 
-def _perplexity(model: nn.Module, tokenizer: Any, comparison: Comparison) -> float:
-    perplexity, _ = evaluate_perplexity(
-        model=model,
-        dataset=comparison.test_blocks,
-        tokenizer=tokenizer,
-        max_length=comparison.max_length,
-        show_progress=True,
-    )
-    return perplexity
-
-
-def _measurements(
-    trainable_parameters: int,
-    learning_rate: float | None,
-    before: float,
-    after: float,
-    peak: PeakMemory,
-    steps: list[StepRecord],
-) -> dict[str, Any]:
-    return {
-        "trainable_parameters": trainable_parameters,
-        "learning_rate": learning_rate,
-        "perplexity_before": before,
-        "perplexity_after": after,
-        "seconds_per_step": statistics.median(record.seconds for record in steps) if steps else None,
-        "peak_memory_mib": peak.mib,
-        "peak_memory_source": peak.source,
-        "steps": [dataclasses.asdict(record) for record in steps],
-    }
-
-
-def _learning_rates(given: Sequence[str], methods: Sequence[str]) -> dict[str, float]:
-    """Return each method's learning rate, out of one rate for all or of one "method=rate" for each."""
+def _learning_rates(given: Sequence[str], arms: Sequence[str]) -> dict[str, float]:
+    """Return each arm's learning rate, out of one rate for all or of one "arm=rate" for each."""
     if len(given) == 1 and "=" not in given[0]:
-        return dict.fromkeys(methods, _rate(given[0]))
+        return dict.fromkeys(arms, _rate(given[0]))
     pairs = dict(text.partition("=")[::2] for text in given)
-    if set(pairs) != set(methods):
-        raise ValueError(f"--lr takes one rate, or method=rate for each of {', '.join(methods)}; got {' '.join(given)}")
-    return {method: _rate(rate) for method, rate in pairs.items()}
+    if set(pairs) != set(arms):
+        raise ValueError(f"--lr takes one rate, or method=rate for each of {', '.join(arms)}; got {' '.join(given)}")
+    return {arm: _rate(rate) for arm, rate in pairs.items()}
 
 
-def _rate(text: str) -> float:
+def _rate(text: str, flag: str = "--lr") -> float:
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"--lr takes numbers, such as 2e-4 or lora=2e-4; got {text!r}") from None
+        example = "such as 2e-4 or lora=2e-4" if flag == "--lr" else "such as 1e-3 2e-3"
+        raise ValueError(f"{flag} takes numbers, {example}; got {text!r}") from None
 
 
-def _training_config(options: argparse.Namespace, learning_rate: float) -> TrainingConfig:
-    fields = {field: getattr(options, flag[2:]) for field, flag in TRAINING_FLAGS.items() if flag != "--lr"}
+def _training_config(options: argparse.Namespace, learning_rate: float, seed: int) -> TrainingConfig:
+    given = {flag[2:]: getattr(options, flag[2:]) for flag in TRAINING_FLAGS.values() if flag not in ("--lr", "--seed")}
+    fields = {field: given[flag[2:]] for field, flag in TRAINING_FLAGS.items() if flag[2:] in given}
     try:
         # the weights' own precision rules: dtype
-        return TrainingConfig(**fields, learning_rate=learning_rate, mixed_precision="fp32")
+        return TrainingConfig(**fields, learning_rate=learning_rate, seed=seed, mixed_precision="fp32")
     except (ValueError, TypeError) as error:
         flag = TRAINING_FLAGS[str(error).split()[0]]
         raise ValueError(f"{flag}: {error}") from error
 
 
-def _overrides(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the fields of HyLoRADAConfig that every method shares."""
-    if options.sink_tokens and not options.s2_attn:
-        raise ValueError(f"--sink_tokens {options.sink_tokens} needs --s2_attn, whose groups see those tokens")
-    if options.s2_group_size is not None and not options.s2_attn:
-        raise ValueError(f"--s2_group_size {options.s2_group_size} needs --s2_attn, which makes the groups")
-    overrides: dict[str, Any] = {
+def shared_fields(options: argparse.Namespace, arms: Sequence[Arm]) -> dict[str, Any]:
+    """Return the fields of HyLoRADAConfig that all arms share, as far as their methods leave them open."""
+    shared: dict[str, Any] = {
         "lora_rank": options.lora_rank,
         "lora_alpha": options.lora_alpha,
         "lora_dropout": options.lora_dropout,
         "s2_attn_enabled": options.s2_attn,
-        "s2_sink_tokens": options.sink_tokens,
         "train_embeddings": options.train_embeddings,
         "train_norms": options.train_norms,
         "rope_scaling_type": options.rope_scaling_type,
-        "rope_scaling_factor": options.rope_scaling_factor,
         "gradient_checkpointing": options.gradient_checkpointing,
     }
-    if options.s2_attn:
-        size = HyLoRADAConfig.s2_group_size if options.s2_group_size is None else options.s2_group_size
-        _check_groups(size, options.max_length)
-        overrides["s2_group_size"] = size
+    if options.rope_scaling_type is not None:
+        shared["rope_scaling_factor"] = options.rope_scaling_factor
+    for flag, default in (("--rope_scaling_factor", 1.0), ("--original_length", None)):
+        value = getattr(options, flag[2:])
+        if options.rope_scaling_type is None and value != default:
+            raise ValueError(f"{flag} {value} needs --rope_scaling_type, which scales the positions")
+    for name, flag, what in (
+        ("s2_sink_tokens", "--sink_tokens", "whose groups see those tokens"),
+        ("s2_group_size", "--s2_group_size", "which makes the groups"),
+    ):
+        value = getattr(options, flag[2:])
+        if value is not None:
+            if not any(_has_groups(arm, shared) for arm in arms):
+                raise ValueError(f"{flag} {value} needs --s2_attn, {what}, or a method that has it, such as longlora")
+            shared[name] = value
     if options.target_modules:
-        overrides["lora_target_modules"] = tuple(options.target_modules)
-    return overrides
+        shared["lora_target_modules"] = tuple(options.target_modules)
+    return shared
 
 
-def _check_groups(group_size: int | str, max_length: int) -> None:
-    # the first border of a shifted layer
-    tokens = SMALLEST_AUTO_GROUP if isinstance(group_size, str) else group_size
-    shift = round(HyLoRADAConfig.s2_shift_ratio * tokens)
-    if max_length <= shift:
-        raise ValueError(
-            f"--s2_attn changes nothing at --max_length {max_length}: with --s2_group_size {group_size} the first "
-            f"border of a group is after {shift} tokens; give a longer --max_length or a smaller --s2_group_size"
-        )
+def _has_groups(arm: Arm, shared: dict[str, Any]) -> bool:
+    config = arm.config(shared)
+    return config is not None and config.s2_attn_enabled
 
 
-def _group_size(text: str) -> int | str:
-    return text if text == "auto" else int(text)
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse flags; those of a protocol take its values by default."""
+    if parser.parse_known_args(arguments)[0].protocol == "author":
+        parser.set_defaults(**AUTHOR)
+    options = parser.parse_args(arguments)
+    options.seeds = list(dict.fromkeys(options.seeds or [options.seed]))
+    if options.lr_grid and options.lr != parser.get_default("lr"):
+        parser.error("--lr and --lr_grid exclude each other: rates are given, or searched for")
+    return options
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that every comparison has."""
     add = parser.add_argument
     add("--model", default=SMOLLM2, help=f'"{SMOLLM2}" (default), a directory with a saved model, or the id of a hub')
     add("--dtype", choices=DTYPES, default="fp32", help="of the base model's weights; adapters are always fp32")
-    add("--methods", nargs="+", default=["baseline", "lora", "dora", "hylorada"], help=f"of {', '.join(METHODS)}")
-    add("--dataset", default="kjv", help='"kjv" (default), or the path of text files')
+    add("--dataset", default="kjv", help='"kjv" (default), another name that load_documents knows, or a path')
     add("--max_length", type=int, default=512, help="tokens of a block, in training and in evaluation")
     add("--num_train", type=int, help="training blocks, evenly spread; default: all")
     add("--num_test", type=int, default=64, help="held-out blocks, evenly spread")
@@ -299,9 +304,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, default=1)
     add("--grad_accum", type=int, default=1, help="batches of one optimizer step")
     add("--lr", nargs="+", default=["2e-4"], help="of every method, or by method: --lr lora=4e-3 hylorada=1e-3")
+    add("--lr_grid", nargs="+", help="search every method's rate among these, on validation documents, first seed")
     add("--lr_scheduler", default="linear", help="a name of transformers' schedules")
     add("--warmup_ratio", type=float, default=0.1)
-    add("--seed", type=int, default=0, help="of initial values, dropout and the order of the data")
+    seeds = parser.add_mutually_exclusive_group()
+    seeds.add_argument("--seed", type=int, default=0, help="of initial values, dropout and the order of the data")
+    seeds.add_argument("--seeds", type=int, nargs="+", help="several: every method runs with each")
     add("--lora_rank", type=int, default=8)
     add("--lora_alpha", type=float, default=16.0)
     add("--lora_dropout", type=float, default=0.05)
@@ -309,12 +317,30 @@ def _parser() -> argparse.ArgumentParser:
     add("--gradient_checkpointing", action="store_true", help="recompute activations in the backward pass")
     add("--s2_attn", action="store_true", help="train with shifted sparse attention; evaluation has full attention")
     add("--s2_group_size", type=_group_size, help='tokens of a group of --s2_attn, or "auto"; default: 2048')
-    add("--sink_tokens", type=int, default=0, help="tokens that every group of --s2_attn sees")
+    add("--sink_tokens", type=int, help="tokens that every group of --s2_attn sees; default: none")
     add("--train_embeddings", nargs="?", const=True, default=False, choices=("positions", "tokens", "all"))
     add("--train_norms", action="store_true")
     add("--rope_scaling_type", choices=("linear", "dynamic", "yarn", "auto"), help='"auto" extends position tables too')
     add("--rope_scaling_factor", type=float, default=1.0, help="target length / original length")
+    add("--original_length", type=int, help="declare that the model was trained for so many positions")
+    add(
+        "--protocol",
+        choices=("tokens", "author"),
+        default="tokens",
+        help='"author": as the first documents measured, GPT-2 on lines of WikiText-2; both come from a hub',
+    )
     add("--output_dir", default="results", help="a folder named after the time is made in it")
+
+
+def _group_size(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = ["baseline", "lora", "dora", "hylorada"]
+    parser.add_argument("--methods", nargs="+", default=default, help=f"of {', '.join(METHODS)}")
+    add_flags(parser)
     return parser
 
 

@@ -1,4 +1,4 @@
-"""The main job in small: a tiny model, local texts, every method, every file."""
+"""Comparisons and ablations in small: a tiny model, local texts, every method, every file."""
 
 import json
 from datetime import datetime
@@ -7,7 +7,8 @@ import pytest
 from transformers import AutoConfig
 
 from benchmarks import run_benchmark
-from hylorada.report import comparison_table
+from hylorada.comparison import run_arm
+from hylorada.report import comparison_table, difference_table
 
 METHODS = ["baseline", "lora", "rslora", "dora", "lorada", "hylorada"]
 
@@ -33,13 +34,13 @@ def texts(tmp_path):
 @pytest.fixture
 def run(saved_model, texts, tmp_path, monkeypatch):
     """run(*arguments) -> (exit code, rows of results.json); every method in this process: starting one is slow."""
-    monkeypatch.setattr(run_benchmark, "_in_own_process", run_benchmark.run_method)
+    monkeypatch.setattr(run_benchmark, "_run", run_arm)
 
-    def run(*arguments):
+    def run(*arguments, main=run_benchmark.main):
         known = set((tmp_path / "results").glob("*"))
         shared = ["--model", saved_model, "--dataset", texts, "--output_dir", tmp_path / "results"]
         small = ["--max_length", 32, "--steps", 6, "--batch_size", 2, "--lr", 1e-2, "--num_test", 8]
-        code = run_benchmark.main([str(argument) for argument in (*shared, *small, *arguments)])
+        code = main([str(argument) for argument in (*shared, *small, *arguments)])
         new = set((tmp_path / "results").glob("*")) - known
         return code, json.loads((new.pop() / "results.json").read_text())["rows"] if new else []
 
@@ -57,7 +58,7 @@ def test_methods_are_compared_on_equal_terms(run, tmp_path, capsys):
     # all learn
     assert all(row["perplexity_after"] < 0.9 * baseline["perplexity_after"] for row in adapted)
     # all see the same batches; their first losses, taken under different dropout, are not needed to be equal
-    tokens = [[step["tokens"] for step in row["steps"]] for row in adapted]
+    tokens = [row["steps"]["tokens"] for row in adapted]
     assert len(tokens[0]) == 6 and all(order == tokens[0] for order in tokens)
 
     # q, k, v, o of 2 layers with 32 features: R (I + O) each, O magnitudes, 1 blend, and 65 for the positions;
@@ -69,9 +70,11 @@ def test_methods_are_compared_on_equal_terms(run, tmp_path, capsys):
     assert counts == [0, low_rank, low_rank, dora, low_rank + 2 * 4 * 33, dora + 8 + 65]
 
     directory = next((tmp_path / "results").iterdir())
-    assert sorted(path.name for path in directory.iterdir()) == ["loss.png", "report.md", "results.json"]
-    assert comparison_table(rows) in capsys.readouterr().out
-    assert comparison_table(rows) in (directory / "report.md").read_text()
+    pictures = ["differences.png", "loss.png", "perplexity.png"]
+    assert sorted(path.name for path in directory.iterdir()) == [*pictures, "report.html", "report.md", "results.json"]
+    printed = capsys.readouterr().out
+    for table in (comparison_table(rows), difference_table(rows)):
+        assert table in printed and table in (directory / "report.md").read_text()
 
 
 def test_embeddings_and_norms_train_at_scaled_positions(run, saved_model):
@@ -95,7 +98,7 @@ def test_methods_are_compared_in_groups(run):
         assert row["perplexity_after"] < 0.9 * baseline["perplexity_after"]
         assert (row["settings"]["s2_group_size"], row["settings"]["s2_sink_tokens"]) == (8, 1)
     _, full = run("--methods", "lora", "--steps", 12)
-    assert abs(full[0]["steps"][0]["loss"] - adapted[0]["steps"][0]["loss"]) > 1e-3
+    assert abs(full[0]["steps"]["loss"][0] - adapted[0]["steps"]["loss"][0]) > 1e-3
 
 
 def test_runs_of_one_second_have_folders_of_their_own(tmp_path):
@@ -109,7 +112,7 @@ def test_every_row_carries_its_circumstances(run, saved_model, texts):
     _, rows = run("--methods", "baseline", "hylorada", "--seed", 11, "--grad_accum", 2)
     for row in rows:
         assert row["model"] == str(saved_model) and row["seed"] == 11
-        assert row["data"]["name"] == str(texts) and row["data"]["held-out blocks"] == 8
+        assert row["data"]["name"] == str(texts) and row["data"]["held-out rows"] == 8
         assert row["data"]["held-out documents"] + row["data"]["train documents"] == 10
         assert row["settings"]["lora_rank"] == 8
         assert row["settings"]["gradient_accumulation_steps"] == 2
@@ -124,18 +127,18 @@ def test_methods_may_have_rates_of_their_own(run):
         "--methods", "baseline", "lora", "hylorada", "--lr", "lora=4e-3", "hylorada=1e-3", "--lr_scheduler", "constant"
     )
     assert [row["learning_rate"] for row in rows] == [None, 4e-3, 1e-3]
-    assert [row["steps"][-1]["learning_rate"] for row in rows[1:]] == [4e-3, 1e-3]
+    assert [row["steps"]["learning_rate"][-1] for row in rows[1:]] == [4e-3, 1e-3]
 
 
 def test_settings_are_chosen_without_the_test_documents(saved_model, texts, tokenizer):
     arguments = ["--dataset", str(texts), "--max_length", "32"]
     seen = []
     for more in ([], ["--validation"]):
-        options = run_benchmark._parser().parse_args([*arguments, *more])
+        options = run_benchmark.parse(run_benchmark._parser(), [*arguments, *more])
         documents = run_benchmark.load_documents(options.dataset)
-        comparison, _ = run_benchmark._prepare(options, documents, tokenizer, {}, {})
-        train = {block["document"] for block in comparison.train_blocks}
-        held_out = {block["document"] for block in comparison.test_blocks}
+        comparison, _ = run_benchmark._prepare(options, documents, tokenizer, {})
+        train = {block["document"] for block in comparison.train_rows}
+        held_out = {block["document"] for block in comparison.test_rows}
         assert not train & held_out
         seen.append((train, held_out))
     (train, test), (smaller_train, validation) = seen
@@ -146,17 +149,17 @@ def test_a_run_repeats(run, tmp_path):
     _, first = run("--methods", "hylorada", "--lora_dropout", 0.2)
     next((tmp_path / "results").iterdir()).rename(tmp_path / "first")
     _, second = run("--methods", "hylorada", "--lora_dropout", 0.2)
-    assert [step["loss"] for step in first[0]["steps"]] == [step["loss"] for step in second[0]["steps"]]
+    assert first[0]["steps"]["loss"] == second[0]["steps"]["loss"]
     assert first[0]["perplexity_after"] == second[0]["perplexity_after"]
 
 
 def test_results_survive_a_later_failure(run, tmp_path, monkeypatch):
-    def failing(comparison, method):
-        if method == "dora":
+    def failing(comparison, arm, *rest):
+        if arm.name == "dora":
             raise RuntimeError("out of memory")
-        return run_benchmark.run_method(comparison, method)
+        return run_arm(comparison, arm, *rest)
 
-    monkeypatch.setattr(run_benchmark, "_in_own_process", failing)
+    monkeypatch.setattr(run_benchmark, "_run", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
         run("--methods", "lora", "dora")
     results = next((tmp_path / "results").glob("*/results.json"))
@@ -176,11 +179,12 @@ def test_results_survive_a_later_failure(run, tmp_path, monkeypatch):
         (["--max_length", "1"], "max_length must be at least 2"),
         (["--steps", "0"], "max_steps must be at least 1"),
         (["--target_modules", "nothing_like_it"], "nothing_like_it"),
-        (["--s2_attn"], "--s2_attn changes nothing at --max_length 32: with --s2_group_size 2048"),
+        (["--s2_attn"], "changes nothing at --max_length 32: with --s2_group_size 2048"),
         (["--s2_attn", "--s2_group_size", "auto"], "the first border of a group is after 1024 tokens"),
         (["--s2_attn", "--s2_group_size", "0"], "s2_group_size must be at least 1, got 0"),
         (["--train_embeddings", "positions"], "has no learned position table"),
         (["--rope_scaling_type", "yarn", "--rope_scaling_factor", "0.5"], "rope_scaling_factor must be at least 1"),
+        (["--methods", "longlora"], "the shifted attention of longlora changes nothing at --max_length 32"),
     ],
 )
 def test_what_cannot_run_says_so_before_anything_does(run, capsys, tmp_path, arguments, message):
@@ -217,6 +221,9 @@ SEED_COMMANDS = [
         (["--seed", "-1"], "--seed: seed must be at least 0, got -1"),
         (["--sink_tokens", "4"], "--sink_tokens 4 needs --s2_attn"),
         (["--s2_group_size", "512"], "--s2_group_size 512 needs --s2_attn"),
+        (["--rope_scaling_factor", "4"], "--rope_scaling_factor 4.0 needs --rope_scaling_type"),
+        (["--original_length", "64"], "--original_length 64 needs --rope_scaling_type"),
+        (["--lr", "2e-4", "--lr_grid", "1e-3", "fast"], "--lr_grid takes numbers, such as 1e-3 2e-3; got 'fast'"),
     ],
 )
 def test_bad_flags_are_named_before_anything_is_loaded(run, monkeypatch, capsys, arguments, message):
