@@ -1,13 +1,21 @@
 """Comparisons and ablations in small: a tiny model, local texts, every method, every file."""
 
 import json
+import logging
+import math
+import os
+import subprocess
+import sys
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 from transformers import AutoConfig
 
-from benchmarks import run_benchmark
-from hylorada.comparison import run_arm
+from benchmarks import run_ablation, run_benchmark
+from hylorada.comparison import run_arm, run_in_own_process
+from hylorada.config import HyLoRADAConfig
+from hylorada.data import Document
 from hylorada.report import comparison_table, difference_table
 
 METHODS = ["baseline", "lora", "rslora", "dora", "lorada", "hylorada"]
@@ -99,6 +107,166 @@ def test_methods_are_compared_in_groups(run):
         assert (row["settings"]["s2_group_size"], row["settings"]["s2_sink_tokens"]) == (8, 1)
     _, full = run("--methods", "lora", "--steps", 12)
     assert abs(full[0]["steps"]["loss"][0] - adapted[0]["steps"]["loss"][0]) > 1e-3
+
+
+def test_every_seed_is_a_run_of_its_own(run, tmp_path):
+    _, rows = run("--methods", "baseline", "lora", "hylorada", "--seeds", 3, 4)
+    assert [(row["method"], row["seed"]) for row in rows] == [
+        ("baseline", 3),
+        ("lora", 3),
+        ("hylorada", 3),
+        ("lora", 4),
+        ("hylorada", 4),
+    ]
+    # an adapter starts as the base model: what is known of one seed holds for the next
+    assert rows[1]["losses_before"] == rows[3]["losses_before"]
+    assert rows[1]["steps"]["loss"] != rows[3]["steps"]["loss"]
+    assert rows[1]["losses_after"] != rows[3]["losses_after"]
+    for row in rows:
+        weights, losses = row["weights"], row["losses_after"]
+        assert sum(weights) == row["data"]["held-out tokens"] and len(weights) == len(losses) == 8
+        mean = sum(loss * weight for loss, weight in zip(losses, weights, strict=True)) / sum(weights)
+        assert row["perplexity_after"] == pytest.approx(math.exp(mean))
+    _, again = run("--methods", "lora", "--seed", 4)
+    assert again[0]["losses_after"] == rows[3]["losses_after"]
+
+
+def test_rates_are_searched_for_without_the_test_documents(run, tmp_path, monkeypatch):
+    held_out = []
+
+    def watching(comparison, *rest):
+        held_out.append({row["document"] for row in comparison.test_rows})
+        return run_arm(comparison, *rest)
+
+    monkeypatch.setattr(run_benchmark, "_run", watching)
+    monkeypatch.setattr(run_benchmark, "_learning_rates", lambda _, arms: dict.fromkeys(arms, 5e-5))
+    options = ["--methods", "baseline", "lora", "dora", "--lr_grid", "1e-4", "2e-2", "--seeds", "0", "1"]
+    assert run_benchmark.parse(run_benchmark._parser(), options).lr_grid == ["1e-4", "2e-2"]
+    shared = ["--model", tmp_path / "model", "--dataset", tmp_path / "texts", "--output_dir", tmp_path / "results"]
+    small = ["--max_length", 32, "--steps", 6, "--batch_size", 2, "--num_test", 8]
+    assert run_benchmark.main([str(argument) for argument in (*shared, *small, *options)]) == 0
+
+    # two rates of two methods, then the baseline and two methods with two seeds
+    search, final = held_out[:4], held_out[4:]
+    assert len(final) == 5 and not set.union(*search) & set.union(*final)
+    (folder,) = (tmp_path / "results").iterdir()
+    results = json.loads((folder / "results.json").read_text())
+    for name, losses in results["searches"].items():
+        assert losses["0.02"] < losses["0.0001"]
+        assert {row["learning_rate"] for row in results["rows"] if row["method"] == name} == {2e-2}
+    assert set(results["searches"]) == {"lora", "dora"}
+    assert "## Learning rates" in (folder / "report.md").read_text()
+
+
+def test_a_method_that_decides_for_itself_runs_beside_shared_flags(run, caplog):
+    flags = ("--s2_attn", "--s2_group_size", 8, "--sink_tokens", 1, "--train_embeddings", "all", "--train_norms")
+    with caplog.at_level(logging.INFO):
+        code, rows = run("--methods", "lora", "longlora", "hylorada", *flags)
+    assert code == 0
+    configs = {row["method"]: row["config"] for row in rows}
+    assert [configs[name]["s2_shift_mode"] for name in configs] == ["layers", "heads", "layers"]
+    assert [configs[name]["train_embeddings"] for name in configs] == ["all", "tokens", "all"]
+    for config in configs.values():
+        assert config["s2_attn_enabled"] and config["train_norms"]
+        assert (config["s2_group_size"], config["s2_sink_tokens"]) == (8, 1)
+    said = "longlora decides train_embeddings='tokens' itself"
+    assert sum("decides" in message for message in caplog.messages) == 1 and said in caplog.text
+
+
+def test_groups_of_one_method_leave_the_others_alone(run):
+    _, rows = run("--methods", "lora", "longlora", "--s2_group_size", 8)
+    lora, longlora = (HyLoRADAConfig.from_dict(row["config"]) for row in rows)
+    assert not lora.s2_attn_enabled and not lora.idle_options() and not lora.train_norms
+    assert longlora.s2_attn_enabled and longlora.s2_group_size == 8
+
+
+def test_the_parts_are_ablated_one_by_one(run, tmp_path):
+    code, rows = run("--steps", 2, "--num_test", 3, main=run_ablation.main)
+    assert code == 0
+    configs = {row["method"]: row["config"] for row in rows if row["config"]}
+    linears = configs["linears"]
+    changes = {
+        name: {field: value for field, value in config.items() if value != linears[field]}
+        for name, config in configs.items()
+    }
+    assert linears["use_rslora"] and linears["use_blend"] and linears["lora_init"] == "orthogonal"
+    assert not linears["position_bias_enabled"] and not linears["landmark_enabled"]
+    assert changes["position"] == {"position_bias_enabled": True}
+    assert changes["landmarks"] == {"landmark_enabled": True}
+    assert changes["both"] == {"position_bias_enabled": True, "landmark_enabled": True}
+    assert changes["blend-0"] == {"use_blend": False}
+    assert changes["blend-1"] == {"use_dora_magnitude": False}
+    assert changes["kaiming"] == {"lora_init": "kaiming"}
+    assert [row["method"] for row in rows] == ["baseline", *configs] and {"lora", "rslora", "dora"} < set(configs)
+    # the same numbers start the same: what an arm lacks or has is all that tells it from the others
+    losses = {row["method"]: row["steps"]["loss"][0] for row in rows if row["steps"]}
+    assert all(losses[name] == pytest.approx(losses["linears"], rel=1e-6) for name in ("both", "blend-0", "blend-1"))
+    report = next((tmp_path / "results").iterdir()) / "report.md"
+    assert "| against linears |" in report.read_text() and "- **blend-1**: " in report.read_text()
+
+
+def test_full_and_shifted_attention_are_ablated(run):
+    arguments = ("--ablation", "attention", "--arms", "lora", "lora-s2", "all-s2", "--s2_group_size", 8)
+    rope = ("--original_length", 16, "--rope_scaling_type", "linear", "--rope_scaling_factor", 2)
+    code, (lora, grouped, everything) = run(*arguments, *rope, main=run_ablation.main)
+    assert code == 0
+    assert lora["perplexity_before"] == pytest.approx(grouped["perplexity_before"], rel=1e-5)
+    assert abs(lora["steps"]["loss"][0] - grouped["steps"]["loss"][0]) > 1e-3
+    assert everything["config"]["s2_group_size"] == 8 and everything["config"]["landmark_enabled"]
+    assert lora["settings"]["original_length"] == 16
+    # a declared length alone leaves the angles; the scaled ones make another model
+    _, (unscaled,) = run("--ablation", "attention", "--arms", "lora", main=run_ablation.main)
+    assert lora["perplexity_before"] != pytest.approx(unscaled["perplexity_before"], rel=1e-5)
+
+
+def test_the_authors_protocol_learns_padding_and_averages_lines(run):
+    code, rows = run("--protocol", "author", "--num_test", 2, "--steps", 3, main=run_ablation.main)
+    assert code == 0 and [row["method"] for row in rows] == ["baseline", "lora", "position", "landmarks"]
+    for row in rows:
+        assert row["perplexity_after"] == pytest.approx(sum(map(math.exp, row["losses_after"])) / 2)
+        assert row["weights"] == [1, 1] and row["settings"]["protocol"] == "author"
+    # 2 lines of 32 tokens, 31 of them predicted, in each of 16 batches of a step: 8 lines make 4 batches
+    assert rows[1]["steps"]["tokens"] == [8 * 31] * 3
+    counts = [row["trainable_parameters"] for row in rows]
+    assert counts[2] == counts[1] + 65
+    # K vectors and K gates of 32 features, K gates for each of 64 buckets, the factor
+    assert counts[3] == counts[1] + 2 * 8 * 32 + 64 * 8 + 1
+
+
+def test_the_authors_protocol_names_what_cannot_be_had(monkeypatch, capsys):
+    monkeypatch.setattr(run_benchmark, "load_documents", lambda _: [Document("a", "one\ntwo"), Document("b", "three")])
+    options = run_ablation.parse(run_ablation._parser(), ["--protocol", "author", "--epochs", "2"])
+    assert (options.model, options.dataset, options.num_test) == ("openai-community/gpt2", "wikitext", 500)
+    assert (options.batch_size, options.grad_accum, options.epochs) == (4, 16, 2)
+    assert run_ablation.main(["--protocol", "author"]) == 2
+    assert "model 'openai-community/gpt2' cannot be had" in capsys.readouterr().err
+
+
+def test_an_unknown_arm_is_named(run, capsys):
+    assert run("--arms", "linears", "kernels", main=run_ablation.main) == (2, [])
+    assert "--ablation parts has no kernels: use baseline, lora, rslora," in capsys.readouterr().err
+
+
+def test_rates_are_given_or_searched_for(capsys):
+    with pytest.raises(SystemExit):
+        run_benchmark.main(["--lr", "1e-3", "--lr_grid", "1e-3", "2e-3"])
+    assert "--lr and --lr_grid exclude each other" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_process_of_its_own_measures_the_same(run, monkeypatch):
+    _, here = run("--methods", "lora")
+    monkeypatch.setattr(run_benchmark, "_run", run_in_own_process)
+    _, apart = run("--methods", "lora")
+    assert apart[0]["losses_after"] == pytest.approx(here[0]["losses_after"], rel=1e-5)
+
+
+def test_the_ablation_starts_from_anywhere(tmp_path):
+    path = Path(run_ablation.__file__)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, path, "--help"]
+    outcome = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert outcome.returncode == 0 and "--lr_grid" in outcome.stdout, outcome.stderr
 
 
 def test_runs_of_one_second_have_folders_of_their_own(tmp_path):
@@ -203,6 +371,7 @@ SEED_COMMANDS = [
     "--model openai-community/gpt2 --methods hylorada --s2_attn --max_length 4096 --epochs 3",
     "--dataset code --model openai-community/gpt2 --methods lora hylorada --epochs 3",
 ]
+SEED_ABLATION = "--num_train 500 --epochs 1"
 
 
 @pytest.mark.parametrize(
@@ -223,7 +392,6 @@ SEED_COMMANDS = [
         (["--s2_group_size", "512"], "--s2_group_size 512 needs --s2_attn"),
         (["--rope_scaling_factor", "4"], "--rope_scaling_factor 4.0 needs --rope_scaling_type"),
         (["--original_length", "64"], "--original_length 64 needs --rope_scaling_type"),
-        (["--lr", "2e-4", "--lr_grid", "1e-3", "fast"], "--lr_grid takes numbers, such as 1e-3 2e-3; got 'fast'"),
     ],
 )
 def test_bad_flags_are_named_before_anything_is_loaded(run, monkeypatch, capsys, arguments, message):
@@ -240,3 +408,8 @@ def test_bad_flags_are_named_before_anything_is_loaded(run, monkeypatch, capsys,
 def test_every_flag_of_the_documented_commands_is_known(command):
     options = run_benchmark._parser().parse_args(command.split())
     assert options.epochs in (1, 3) and options.methods
+
+
+def test_the_documented_ablation_is_known():
+    options = run_ablation.parse(run_ablation._parser(), SEED_ABLATION.split())
+    assert (options.num_train, options.epochs, options.seeds) == (500, 1, [0])
