@@ -154,23 +154,21 @@ def report_page(
 
 
 def draw_losses(rows: Sequence[Row], path: Path) -> None:
-    """Draw the training loss of every trained method by step: its running mean over the seeds, in the seeds' range."""
+    """Draw the training loss of every trained method by step: the running mean, over all seeds; one seed's own, faint.
+
+    The spread over seeds is left out: it is the batches', which all methods share, and would hide what sets them apart.
+    """
     figure, axes = _figure(4.5)
     trained = {name: runs for name, runs in _by_method(rows).items() if runs[0]["steps"]}
     for number, (name, runs) in enumerate(trained.items()):
-        curves = [running_mean(run["steps"]["loss"]) for run in runs]
-        columns = list(zip(*curves, strict=True))
-        steps = range(1, len(columns) + 1)
-        color = f"C{number % 10}"
-        if len(runs) > 1:
-            axes.fill_between(
-                steps, [min(c) for c in columns], [max(c) for c in columns], color=color, alpha=0.12, lw=0
-            )
-        else:
-            axes.plot(steps, runs[0]["steps"]["loss"], color=color, alpha=0.25)
-        axes.plot(steps, [statistics.fmean(c) for c in columns], _LINES[number % 4], color=color, lw=2, label=name)
+        losses = [statistics.fmean(column) for column in zip(*(run["steps"]["loss"] for run in runs), strict=True)]
+        steps, color = range(1, len(losses) + 1), f"C{number % 10}"
+        if len(runs) == 1:
+            axes.plot(steps, losses, color=color, alpha=0.25)
+        axes.plot(steps, running_mean(losses), _LINES[number % 4], color=color, lw=2, label=name)
     title = f"{rows[0]['model']}, {rows[0]['data']['name']}"
     axes.set(xlabel="step", ylabel="training loss (nats a token)", title=title)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     if trained:
         axes.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=110)
