@@ -61,7 +61,7 @@ class HybridLinear(nn.Module):
         own = {"device": self.weight.device, "dtype": torch.promote_types(self.weight.dtype, torch.float32)}
         self.lora_a = nn.Parameter(torch.empty(rank, self.in_features, **own))
         self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, **own))
-        _init_lora_a(self.lora_a, init)
+        init_lora_a(self.lora_a, init)
         self.register_parameter("magnitude", None)
         self.register_parameter("residual_weight", None)
         if use_magnitude:
@@ -229,7 +229,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _init_lora_a(lora_a: Tensor, init: str) -> None:
+def init_lora_a(lora_a: Tensor, init: str) -> None:
     if init == "orthogonal":
         nn.init.orthogonal_(lora_a)
     else:

@@ -16,6 +16,7 @@ from hylorada_kernels import backend, hybrid_linear
 from hylorada_kernels.norm_cache import NormCache
 
 from .peft_files import export_adapter, export_lora, import_adapter
+from .peft_tuner import HyLoRADALinear, HyLoRADAPeftConfig
 
 try:
     from peft.tuners.lora.dora import DoraLinearLayer
@@ -27,7 +28,16 @@ except ImportError as error:
         f"hylorada.integrations.peft needs peft 0.18 or newer: pip install 'hylorada[peft]'; {error}"
     ) from error
 
-__all__ = ["Status", "accelerate", "export_adapter", "export_lora", "import_adapter", "restore", "status"]
+__all__ = [
+    "HyLoRADAPeftConfig",
+    "Status",
+    "accelerate",
+    "export_adapter",
+    "export_lora",
+    "import_adapter",
+    "restore",
+    "status",
+]
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -156,6 +166,8 @@ def _peft_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _obstacle(layer: nn.Module) -> str | None:
     """What keeps a layer from the fused op in training, or None."""
+    if isinstance(layer, HyLoRADALinear):
+        return layer.obstacle()
     if type(layer) is Linear:
         return "not accelerated: call accelerate(model)"
     if type(layer) is not FusedLinear:

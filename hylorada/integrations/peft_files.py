@@ -38,6 +38,14 @@ EXTRAS_VERSION = 1
 
 _PREFIX = "base_model.model."
 _PEFT_NAMES = {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b", "lora_magnitude_vector": "magnitude"}
+# the files of peft_tuner's method
+_TUNER_TYPE = "HYLORADA"
+_TUNER_NAMES = {
+    "hylorada_A": "lora_a",
+    "hylorada_B": "lora_b",
+    "hylorada_lora_magnitude_vector": "magnitude",
+    "hylorada_lora_magnitude_vector_blend": "residual_weight",
+}
 
 # what acts in the model beside the adapted weights, by the field that switches it on
 _BEYOND_PEFT = {
@@ -65,6 +73,7 @@ _WITHOUT_EFFECT = {
     *("megatron_core", "qalora_group_size", "eva_config", "loftq_config"),
 }
 _READ = {"r", "rank_pattern", "lora_alpha", "alpha_pattern", "lora_dropout", "use_rslora", "use_dora"}
+_READ_OF_TUNER = {"use_dora_magnitude", "use_blend", "lora_init", "dora_norm_grad"}
 # the other initialisations change the base weights
 _HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva")
 
@@ -146,12 +155,12 @@ def export_lora(model: HyLoRADAModel, directory: str | os.PathLike, rank: int) -
 def import_adapter(
     base_model: PreTrainedModel, directory: str | os.PathLike, *, strict_base: bool = True
 ) -> HyLoRADAModel:
-    """A HyLoRADAModel from the folder of a PEFT LoRA, rsLoRA or DoRA adapter.
+    """A HyLoRADAModel from the folder of a PEFT LoRA, rsLoRA or DoRA adapter, or of a HyLoRADAPeftConfig's.
 
-    It computes what PEFT would, without a blend (residual_weight is None), and in training with lora_dropout > 0 drops
-    the low-rank path's input only. Layers of lower rank than the largest get more rows in A, beside zeros in B; a
-    layer's own alpha goes into its B. With the hylorada_extras.safetensors of `export_adapter` the model is the
-    exported one.
+    It computes what PEFT would, of LoRA and DoRA without a blend (residual_weight is None), and in training with
+    lora_dropout > 0 drops the low-rank path's input only. Layers of lower rank than the largest get more rows in A,
+    beside zeros in B; a layer's own alpha goes into its B. With the hylorada_extras.safetensors of `export_adapter` the
+    model is the exported one.
 
     Args:
         base_model: is changed; where an error is raised it is left as it was.
@@ -299,16 +308,17 @@ def _read_peft(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _check_record(record: Any, path: Path) -> None:
     """ValueError where PEFT's config asks for anything that is not read here and changes the result."""
-    if not isinstance(record, dict) or record.get("peft_type") != "LORA":
-        given = record.get("peft_type") if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"{path} is no LoRA or DoRA adapter: its peft_type is {given!r}")
+    given = record.get("peft_type") if isinstance(record, dict) else type(record).__name__
+    if given not in ("LORA", _TUNER_TYPE):
+        raise ValueError(f"{path} is no LoRA, DoRA or HyLoRADA adapter: its peft_type is {given!r}")
+    read = _READ | _READ_OF_TUNER if given == _TUNER_TYPE else _READ
     for field, value in record.items():
         if field == "bias":
             is_plain = value == "none"
         elif field == "init_lora_weights":
             is_plain = value in _HARMLESS_INITS
         else:
-            is_plain = not value or field in _WITHOUT_EFFECT or field in _READ
+            is_plain = not value or field in _WITHOUT_EFFECT or field in read
         if not is_plain:
             raise ValueError(
                 f"{path} has {field}={value!r}, which a HyLoRADAModel cannot express; merge the adapter with PEFT's "
@@ -318,7 +328,7 @@ def _check_record(record: Any, path: Path) -> None:
 
 def _native_name(name: str) -> str:
     layer, kind = name, None
-    for suffix, native in _PEFT_NAMES.items():
+    for suffix, native in (_PEFT_NAMES | _TUNER_NAMES).items():
         if name.startswith(_PREFIX) and name.endswith(f".{suffix}"):
             layer, kind = name[len(_PREFIX) : -len(suffix) - 1], native
     if kind is None:
@@ -360,17 +370,22 @@ def _from_peft(base_model: PreTrainedModel, record: dict[str, Any], tensors: dic
     if not names:
         raise ValueError(f"{TENSORS_FILE} holds no adapted layer")
     use_rslora, rank = bool(record.get("use_rslora")), max(tensors[f"{name}.lora_a"].shape[0] for name in names)
+    method: dict[str, Any] = {
+        "use_dora_magnitude": bool(record.get("use_dora")),
+        "use_blend": False,
+        "lora_init": "kaiming",
+    }
+    if record["peft_type"] == _TUNER_TYPE:
+        method = {field: record[field] for field in _READ_OF_TUNER}
     config = HyLoRADAConfig(
         lora_rank=rank,
         lora_alpha=record["lora_alpha"],
         lora_dropout=record.get("lora_dropout", 0.0),
         lora_target_modules=tuple(_shortest_targets(base_model, names)),
         use_rslora=use_rslora,
-        use_dora_magnitude=bool(record.get("use_dora")),
-        use_blend=False,
-        lora_init="kaiming",
         position_bias_enabled=False,
         gradient_checkpointing=False,
+        **method,
     )
     scale = _scale(config.lora_alpha, rank, use_rslora)
     for name in names:
