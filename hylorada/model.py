@@ -2,6 +2,7 @@
 
 import logging
 import os
+import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any, cast
@@ -12,11 +13,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hylorada_kernels.nn import HybridLinear
 
-from . import storage
+from . import hub, storage
 from .components import COMPONENTS, BaseComponent, Component, groups_of
 from .config import DEFAULT_TARGET_MODULES, SWITCHES, HyLoRADAConfig
 from .daa import DirectAttention
-from .embeddings import norm_parameters, tied_names
+from .embeddings import is_norm, norm_parameters, tied_names
 from .estimate import memory_estimate
 from .landmark import LandmarkLoRA
 from .lora import (
@@ -45,7 +46,29 @@ _PARTS = {
     "embeddings": ("train_embeddings", ("embeddings",)),
     "norms": ("train_norms", ("norms",)),
 }
+# what acts beside all weights, in a merged model too, by the field that switches it on
+RUNTIME_PARTS = {
+    "position_bias_enabled": "the position bias",
+    "landmark_enabled": "the landmarks",
+    "daa_enabled": "Direct Attention Adaptation",
+    "s2_attn_enabled": "shifted sparse attention",
+}
+# PEFT's names of an adapter's parts
+_PEFT_KINDS = {
+    "lora_A": "lora_a",
+    "lora_B": "lora_b",
+    "lora_magnitude_vector": "magnitude",
+    "hylorada_A": "lora_a",
+    "hylorada_B": "lora_b",
+    "hylorada_lora_magnitude_vector": "magnitude",
+    "hylorada_lora_magnitude_vector_blend": "residual_weight",
+}
 _LORA_OPTIONS = ("lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "lora_init")
+_LOAD = """from huggingface_hub import snapshot_download
+
+from hylorada import HyLoRADAModel
+
+model = HyLoRADAModel.from_pretrained({base}, snapshot_download("{repo_id}"))"""
 COMPONENT_KINDS = tuple(component.kind for component in COMPONENTS)
 _OTHER_BASE_OF_A_MERGED_MODEL = "pass base_model=None, or a base of the same architecture"
 _FOREIGN_FULL_MODEL = "the full model beside the adapter is not the one that was saved with it; save or copy it again"
@@ -259,9 +282,51 @@ class HyLoRADAModel(nn.Module):
                 self.base_model.save_pretrained(folder)
             storage.write_adapter(folder, adapter)
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
-        """Not built: the base model's own would upload layers that transformers cannot read."""
-        raise NotImplementedError("push_to_hub is not built; call save_pretrained(directory) and upload the folder")
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload a HyLoRADA model",
+    ) -> str:
+        """Upload what `save_pretrained` writes, with a model card, to a model hub. -> the commit's address.
+
+        Args:
+            repo_id: "name" or "owner/name"; the repository is made where it does not exist.
+            private: of a new repository; None takes the owner's default.   token: None takes that of the login.
+            revision: a branch; None takes the main one.   commit_message: of the commit.
+
+        Raises:
+            ValueError: no repository's name.   OSError: the hub could not be reached, or it refused.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            base_model = getattr(self.config, "_name_or_path", None) or ""
+            hub.write_card(
+                folder,
+                kind="HyLoRADA model, merged" if self.merged else "HyLoRADA adapter",
+                base_model=base_model,
+                facts=self.card_facts(),
+                load=_LOAD.format(base=None if self.merged or base_model else "base_model", repo_id=repo_id),
+                library="hylorada",
+            )
+            options: dict[str, Any] = {"private": private, "token": token, "revision": revision}
+            return hub.upload(folder, repo_id, commit_message=commit_message, **options)
+
+    def card_facts(self) -> dict[str, Any]:
+        """What a model card says of the adapter: method, rank, adapted layers and numbers of parameters."""
+        config, status = self.hylorada_config, self.get_component_status()
+        parts = [part for part, found in status.items() if found["state"] != "off"]
+        scale = "alpha / sqrt(rank)" if config.use_rslora else "alpha / rank"
+        return {
+            "Method": ", ".join(parts),
+            "Rank": config.lora_rank,
+            "Alpha": f"{config.lora_alpha:g}, scale {scale}",
+            "Target modules": ", ".join(f"`{name}`" for name in config.lora_target_modules),
+            "Adapter's parameters": sum(found["parameters"] for found in status.values()),
+        }
 
     @classmethod
     def from_pretrained(
@@ -394,15 +459,17 @@ def get_lora_plus_param_groups(
     """An optimizer's parameter groups, one for each kind of trainable parameter.
 
     Args:
-        model: a HyLoRADAModel, or a wrapper of one.
+        model: a HyLoRADAModel, a wrapper of one, or PEFT's model of LoRA, DoRA or HyLoRADA.
         lr_lora: of A and B, and of trainable parameters of the base model.   lr_magnitude: of magnitudes and blends.
         lr_position: of the position bias.   lr_attention: of Direct Attention Adaptation.
         lr_landmark: of the landmarks.
-        weight_decay: of A, B and parameters of the base model; the others, whose neutral value is not 0, have none.
+        weight_decay: of A, B and the base model's matrices; none for magnitudes, gates and tables, whose neutral value
+            is not 0, nor for the base model's norms, biases and embeddings ("base_undecayed").
         lora_plus_ratio: the learning rate of B over that of A (LoRA+; Hayou et al. 2024).
     """
     decayed = {"lora_a": lr_lora, "lora_b": lr_lora * lora_plus_ratio, "base": lr_lora}
     rates = decayed | {
+        "base_undecayed": lr_lora,
         "magnitude": lr_magnitude,
         "residual_weight": lr_magnitude,
         "position_bias": lr_position,
@@ -410,9 +477,11 @@ def get_lora_plus_param_groups(
         "landmark": lr_landmark,
     }
     members: dict[str, list[nn.Parameter]] = {kind: [] for kind in rates}
+    undecayed = _undecayed(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            members[_kind(name)].append(parameter)
+            kind = _kind(_native_name(name))
+            members["base_undecayed" if kind == "base" and parameter in undecayed else kind].append(parameter)
     if not any(members.values()):
         raise ValueError(f"{type(model).__name__} has no trainable parameters; give a HyLoRADAModel that is not merged")
     return [
@@ -420,6 +489,19 @@ def get_lora_plus_param_groups(
         for kind, rate in rates.items()
         if members[kind]
     ]
+
+
+def _undecayed(model: nn.Module) -> set[nn.Parameter]:
+    """Norms, embeddings (a tied head too) and biases."""
+    shared = [module for module in model.modules() if isinstance(module, nn.Embedding) or is_norm(module)]
+    parameters = {parameter for module in shared for parameter in module.parameters(recurse=False)}
+    return parameters | {parameter for parameter in model.parameters() if parameter.dim() < 2}
+
+
+def _native_name(name: str) -> str:
+    """A parameter's name, or the part that it is of an adapter of PEFT's."""
+    kinds = [_PEFT_KINDS[part] for part in name.split(".") if part in _PEFT_KINDS]
+    return kinds[0] if kinds else name
 
 
 def _check(base_model: PreTrainedModel, config: HyLoRADAConfig) -> dict[str, nn.Module]:

@@ -1,7 +1,8 @@
 """PEFT's adapter files: a HyLoRADAModel's adapter written as PEFT's, and PEFT's adapters read into a HyLoRADAModel.
 
 PEFT itself is not needed. An adapter of PEFT is adapter_config.json and adapter_model.safetensors; what these cannot
-hold stands beside them in hylorada_extras.safetensors, which PEFT ignores and `import_adapter` reads.
+hold stands beside them in hylorada_extras.safetensors, which PEFT ignores and `import_adapter` reads. An export has a
+model card too, README.md.
 """
 
 import hashlib
@@ -24,10 +25,10 @@ from transformers import PreTrainedModel
 from hylorada_kernels import column_norm
 from hylorada_kernels.ops.hybrid_linear.op import adapted_weight
 
-from .. import storage
+from .. import hub, storage
 from ..config import HyLoRADAConfig
 from ..lora import UnifiedLayer, adapted_layers
-from ..model import HyLoRADAModel
+from ..model import RUNTIME_PARTS, HyLoRADAModel
 
 logger = logging.getLogger(__name__)
 
@@ -48,15 +49,18 @@ _TUNER_NAMES = {
 }
 
 # what acts in the model beside the adapted weights, by the field that switches it on
-_BEYOND_PEFT = {
-    "position_bias_enabled": "the position bias",
-    "landmark_enabled": "the landmarks",
-    "daa_enabled": "Direct Attention Adaptation",
-    "s2_attn_enabled": "shifted sparse attention",
+_BEYOND_PEFT = RUNTIME_PARTS | {
     "train_embeddings": "trained embeddings",
     "train_norms": "trained norms",
     "rope_scaling_type": "RoPE scaling",
 }
+
+_LOAD = """from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base_model = AutoModelForCausalLM.from_pretrained("{base}")
+# the folder with this file, or its name on a hub
+model = PeftModel.from_pretrained(base_model, ".")"""
 
 # fields of PEFT's config that do not say what a trained adapter computes, beside those that are read
 _WITHOUT_EFFECT = {
@@ -111,6 +115,8 @@ def export_adapter(model: HyLoRADAModel, directory: str | os.PathLike) -> list[s
     with storage.replacing_files(directory, (EXTRAS_FILE,)) as folder:
         data = _write_peft(folder, record, tensors)
         _write_extras(folder, model, data)
+        kind = "DoRA" if config.use_dora_magnitude else "LoRA"
+        _write_card(folder, directory, model, f"{kind} adapter", {})
     return _warn_of_missing(config, directory)
 
 
@@ -147,6 +153,8 @@ def export_lora(model: HyLoRADAModel, directory: str | os.PathLike, rank: int) -
     error = (squared_error / squared_size) ** 0.5 if squared_size else 0.0
     with storage.replacing_files(directory, (EXTRAS_FILE,)) as folder:
         _write_peft(folder, _peft_config(model, rank, rank), tensors)
+        facts = {"Rank of the export": rank, "Relative error of the updates": f"{error:.2e}"}
+        _write_card(folder, directory, model, "LoRA adapter", facts)
     logger.info("LoRA of rank %d in %s: the updates' relative error is %.2e", rank, directory, error)
     _warn_of_missing(model.hylorada_config, directory)
     return error
@@ -278,8 +286,30 @@ def _write_extras(folder: Path, model: HyLoRADAModel, peft_data: bytes) -> None:
         (folder / EXTRAS_FILE).write_bytes(_serialised(extras, {"hylorada": json.dumps(record)}))
 
 
+def _write_card(
+    folder: Path, directory: str | os.PathLike, model: HyLoRADAModel, kind: str, facts: dict[str, Any]
+) -> None:
+    missing = _missing(model.hylorada_config)
+    base_model = getattr(model.config, "_name_or_path", None) or "..."
+    hub.write_card(
+        folder,
+        kind=f"{kind}, exported from HyLoRADA",
+        base_model="" if base_model == "..." else base_model,
+        facts=model.card_facts() | facts,
+        load=_LOAD.format(base=base_model),
+        library="peft",
+        notes=(f"PEFT computes it without {', '.join(missing)}.",) if missing else (),
+        beside=directory,
+    )
+
+
+def _missing(config: HyLoRADAConfig) -> list[str]:
+    """The parts that act beside the adapted weights, in words."""
+    return [part for field, part in _BEYOND_PEFT.items() if getattr(config, field)]
+
+
 def _warn_of_missing(config: HyLoRADAConfig, directory: str | os.PathLike) -> list[str]:
-    missing = [part for field, part in _BEYOND_PEFT.items() if getattr(config, field)]
+    missing = _missing(config)
     if missing:
         logger.warning("PEFT computes the adapter in %s without %s", directory, ", ".join(missing))
     return missing

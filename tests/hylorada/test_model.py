@@ -248,7 +248,10 @@ def test_counts_name_every_kind(make_model):
 
 def test_parameter_groups_hold_every_trainable_parameter_once(make_model):
     model = make_model("llama")
-    model.base_model.lm_head.requires_grad_(True)
+    base = model.base_model
+    undecayed = [base.model.embed_tokens.weight, base.model.layers[0].input_layernorm.weight, base.model.norm.weight]
+    for parameter in (base.lm_head.weight, *undecayed):
+        parameter.requires_grad_(True)
     wrapped = nn.ModuleDict({"module": model})
     groups = {
         group["name"]: group
@@ -262,13 +265,29 @@ def test_parameter_groups_hold_every_trainable_parameter_once(make_model):
         "magnitude": (2.0, 0.0),
         "residual_weight": (2.0, 0.0),
         "position_bias": (3.0, 0.0),
+        "base_undecayed": (1.0, 0.0),
         "base": (1.0, 0.1),
     }
     grouped = [parameter for group in groups.values() for parameter in group["params"]]
     assert len(grouped) == len(set(grouped))
     assert set(grouped) == {parameter for parameter in model.parameters() if parameter.requires_grad}
-    assert groups["base"]["params"] == [model.base_model.lm_head.weight]
+    assert groups["base"]["params"] == [base.lm_head.weight]
+    assert set(groups["base_undecayed"]["params"]) == set(undecayed)
     assert {parameter.numel() for parameter in groups["position_bias"]["params"]} == {64, 1}
+
+
+@pytest.mark.parametrize(("family", "embeddings"), [("gpt2", "all"), ("llama", "tokens")])
+def test_weight_decay_reaches_no_norm_bias_or_table(make_model, family, embeddings):
+    """An optimizer step without gradients changes what decays, and nothing else. The head of gpt2 is tied."""
+    model = make_model(family, train_norms=True, train_embeddings=embeddings, landmark_enabled=True, daa_enabled=True)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.AdamW(get_lora_plus_param_groups(model, weight_decay=0.5))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed == {name for name in before if name.endswith((".lora_a", ".lora_b"))}
 
 
 def test_parameter_groups_of_nothing_are_refused(make_model):
@@ -289,8 +308,6 @@ def test_the_model_stands_for_its_base(make_base, token_ids):
     assert torch.equal(output.loss, expected.loss) and len(output.hidden_states) == 3
     with pytest.raises(AttributeError, match="no_such_thing"):
         _ = model.no_such_thing
-    with pytest.raises(NotImplementedError, match="save_pretrained"):
-        model.push_to_hub("name")
 
 
 @pytest.mark.parametrize("training", [False, True])

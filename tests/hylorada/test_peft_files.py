@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from hylorada import HyLoRADAModel
+from hylorada.hub import CARD_FILE
 from hylorada.integrations import peft_files
 from hylorada.integrations.peft_files import (
     CONFIG_FILE,
@@ -132,7 +133,7 @@ def test_peft_to_hylorada_and_back(make_base, make_peft, token_ids, family, use_
     assert "residual_weight" not in {name.rpartition(".")[2] for name in model.adapter_parameters()}
     assert relative_error(logits(model, token_ids), expected.double()) <= 1e-6
     assert export_adapter(model, tmp_path / "again") == []
-    assert set(contents(tmp_path / "again")) == {CONFIG_FILE, TENSORS_FILE}
+    assert set(contents(tmp_path / "again")) == {CONFIG_FILE, TENSORS_FILE, CARD_FILE}
     first, second = (load_file(tmp_path / folder / TENSORS_FILE) for folder in ("peft", "again"))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     again = PeftModel.from_pretrained(make_base(family), tmp_path / "again")
@@ -207,7 +208,7 @@ def test_a_new_export_takes_old_extras_away(make_model, tmp_path):
     export_adapter(make_model(), tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
     export_adapter(make_model(**METHODS["dora"]), tmp_path)
-    assert set(contents(tmp_path)) == {CONFIG_FILE, TENSORS_FILE, "notes.txt"}
+    assert set(contents(tmp_path)) == {CONFIG_FILE, TENSORS_FILE, CARD_FILE, "notes.txt"}
 
 
 def test_a_failed_export_leaves_the_old_files(make_model, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_model_status, get_peft_m
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
-from hylorada import HyLoRADAModel
+from hylorada import HyLoRADAModel, get_lora_plus_param_groups
 from hylorada.integrations.peft import HyLoRADAPeftConfig, accelerate, import_adapter, status
 from hylorada.integrations.peft_tuner import HyLoRADALinear
 from hylorada.lora import adapted_layers
@@ -545,3 +545,15 @@ def test_4_bit_models_train_with_trl(make_4bit, tokenizer, dtype, tmp_path):
         assert not torch.equal(parameter, before[name]), name
         if "magnitude_vector" in name:
             assert parameter.dtype == torch.float32
+
+
+@pytest.mark.parametrize("config", [HyLoRADAPeftConfig, LoraConfig])
+def test_parameter_groups_know_the_parts(make_base, config):
+    options = {"use_dora": True} if config is LoraConfig else {}
+    model = get_peft_model(make_base(), config(target_modules="all-linear", modules_to_save=["lm_head"], **options))
+    groups = get_lora_plus_param_groups(model, lr_lora=1.0, lr_magnitude=3.0, weight_decay=0.1, lora_plus_ratio=4.0)
+    found = {group["name"]: (group["lr"], group["weight_decay"], len(group["params"])) for group in groups}
+    expected = {"lora_a": (1.0, 0.1, 14), "lora_b": (4.0, 0.1, 14), "magnitude": (3.0, 0.0, 14), "base": (1.0, 0.1, 1)}
+    if config is HyLoRADAPeftConfig:
+        expected["residual_weight"] = (3.0, 0.0, 14)
+    assert found == expected
