@@ -116,6 +116,13 @@ class HyLoRADAPeftConfig(PeftConfig):
             lora_init=self.lora_init,
             dora_norm_grad=self.dora_norm_grad,
         )
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ValueError("layers_pattern says where layers are counted: give layers_to_transform, or neither")
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ValueError(
+                f"layers_to_transform: PEFT ignores it with target_modules={self.target_modules!r}; give a list of "
+                "names"
+            )
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             # a set, as PEFT's own configs have it
@@ -314,7 +321,8 @@ class HyLoRADALinear(nn.Module, BaseTunerLayer):
             return y
         with torch.set_grad_enabled(config.dora_norm_grad and torch.is_grad_enabled()):
             norm = column_norm(weight, a, b, scale=config.scale)
-        gain = magnitude / norm
+        # a row of zeros gives the bias, as in the op
+        gain = magnitude / torch.where(norm > 0, norm, torch.inf)
         if blend is not None:
             gain = torch.lerp(gain, torch.ones_like(gain), blend.sigmoid())
         # in fp32, rounded once: the base layer's product has the bias already, which is not scaled

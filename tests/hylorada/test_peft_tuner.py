@@ -308,6 +308,8 @@ def test_peft_converts_it_to_lora(make_base, make_peft, token_ids, family, targe
         ({"lora_dropout": 1.0}, ValueError, r"lora_dropout must be in \[0, 1\)"),
         ({"lora_init": "pissa"}, ValueError, "lora_init must be one of 'orthogonal', 'kaiming'"),
         ({"use_blend": 1}, TypeError, "use_blend"),
+        ({"layers_pattern": "layers"}, ValueError, "give layers_to_transform, or neither"),
+        ({"target_modules": "all-linear", "layers_to_transform": [1]}, ValueError, "PEFT ignores it"),
     ],
 )
 def test_options_out_of_range_are_refused(fields, error, message):
@@ -474,6 +476,19 @@ def test_on_4_bit_weights_it_starts_as_the_base_model(make_4bit, token_ids):
     model = get_peft_model(base, HyLoRADAPeftConfig(target_modules="all-linear"))
     assert relative_error(logits(model, token_ids), expected.double()) <= 1e-6
     assert {parameter.dtype for parameter in trained(model).values()} == {torch.float32}
+
+
+def test_a_row_of_zeros_gives_the_bias(make_4bit):
+    model, _ = adapted_both(make_4bit("qwen2"))
+    layer = next(layer for layer in layers_of(model) if layer.base_layer.bias is not None)
+    whole = layer._weight().clone()
+    whole[3] = 0
+    layer._replace_weight(whole)
+    layer.hylorada_B["default"].data[3] = 0
+    y = layer.train()(torch.randn(2, layer.in_features))
+    torch.testing.assert_close(y[:, 3], layer.base_layer.bias[3].expand(2))
+    y.sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in trained(layer).values())
 
 
 def test_an_evaluation_leaves_4_bit_weights_and_gradients_as_they_are(make_4bit, token_ids):
