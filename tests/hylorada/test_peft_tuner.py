@@ -572,3 +572,44 @@ def test_parameter_groups_know_the_parts(make_base, config):
     if config is HyLoRADAPeftConfig:
         expected["residual_weight"] = (3.0, 0.0, 14)
     assert found == expected
+
+
+def data_parallel(model):
+    return torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=False)
+
+
+def fully_sharded(model):
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def distributed_gradients(rank, options):
+    """Gradients of two processes with a batch each, and of one process with both."""
+    from tests.kernels.test_distributed import whole
+
+    batches = [torch.randint(3, 97, (2, 8), generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    alone, model = copy.deepcopy(options["model"]), copy.deepcopy(options["model"])
+    for ids in batches:
+        (alone(input_ids=ids, labels=ids).loss / 2).backward()
+    wrapped = options["wrap"](model)
+    with norm_cache.verifying():
+        wrapped(input_ids=batches[rank], labels=batches[rank]).loss.backward()
+    found = {f"alone {name}": parameter.grad for name, parameter in trained(alone).items()}
+    for name, parameter in trained(wrapped).items():
+        found[f"wrapped {name.removeprefix('module.')}"] = whole(parameter.grad)
+    return found
+
+
+@pytest.mark.parametrize("wrap", [data_parallel, fully_sharded])
+def test_two_processes_get_the_gradients_of_one(make_peft, wrap, tmp_path):
+    from tests.kernels.test_distributed import in_processes
+
+    model = make_peft(dtype=torch.float64)
+    names = list(trained(model))
+    for found in in_processes(distributed_gradients, tmp_path, {"model": model, "wrap": wrap}):
+        assert len(found) == 2 * len(names) == 2 * 56
+        for name in names:
+            assert relative_error(found[f"wrapped {name}"], found[f"alone {name}"]) <= 1e-9, name
