@@ -1,21 +1,16 @@
-"""What a training step needs, counted in closed form from a model, before anything runs."""
+"""What a training step of a model needs: its memory, counted, and its attention's operations, in closed form."""
 
 from typing import Any
 
 from torch import nn
 
-from hylorada_kernels.nn import HybridLinear, is_conv1d
-
 from .config import whole_number
+from .footprint import LOGITS, training_footprint
 from .s2_attention import Groups, attention_layers
-
-# bytes of one number
-FP32 = 4
-AUTOCAST_BYTES = {"bf16": 2, "fp16": 2, "fp32": None}
 
 
 def memory_estimate(
-    base_model: nn.Module,
+    model: nn.Module,
     adapter: list[nn.Parameter],
     groups: Groups | None,
     mixed_precision: str,
@@ -24,38 +19,31 @@ def memory_estimate(
 ) -> dict[str, float]:
     """Bytes and floating-point operations of one training step on (batch_size, seq_len) tokens without padding.
 
-    Exact:
-        weights: every parameter of the base model.   adapter: every other parameter of the model.
-        gradients: of what is trainable, each in its parameter's dtype.   optimizer: AdamW's two moments of the same.
-        logits: (batch, seq_len, vocabulary) in fp32, twice: the values and their gradient.
+    The bytes are those of `training_footprint`, which goes through the step without computing it (seconds):
+        weights: every parameter of the base model.   adapter: every other parameter.
+        gradients: of what is trainable, each in its parameter's dtype.   optimizer: AdamW's state of the same.
+        activations: what the forward keeps for the backward, the norms that the adapted layers keep included.
+        logits: what it keeps for the head and the loss.   temporaries: what else there is at the fullest moment.
+        total: all that is there at the fullest moment, when some of the above may be gone or not there yet.
+    Closed form:
         attention_flops_full, attention_flops_s2: of one forward pass, multiplications and additions of Q K^T and P V
             over the pairs (i, j) that attend, causality counted exactly, all layers and query heads. Backward: 2.5
             times that. attention_ratio is full / s2. Without groups s2 is the same as full.
         scores_full, scores_s2: those pairs as numbers in the dtype of the activations. No implementation here keeps
             them: they are what the eager attention of transformers would hold for full attention.
-    Estimated:
-        activations: what the backward keeps of the layers: the inputs and outputs of every linear layer, in the dtype
-            that mixed_precision or the weights give. With gradient checkpointing the input of every layer, and
-            one layer's activations.
-        total: weights + adapter + gradients + optimizer + activations + logits.
-    Not counted: temporary buffers of single operations, the allocator's fragments, what autocast casts and keeps of the
-    weights, dropout masks, the copy of the original weights that a merge keeps on the CPU, the data.
 
     Args:
-        base_model: the adapted model.   adapter: the parameters that were added to it, wherever they are.
+        model: the adapted model.   adapter: the parameters that were added to it, wherever they are.
         groups: of shifted sparse attention, or None.   mixed_precision: "bf16", "fp16" or "fp32".
 
     Raises:
         TypeError, ValueError: seq_len or batch_size is not a whole number of at least 1.
     """
     seq_len, batch_size = whole_number("seq_len", seq_len, 1), whole_number("batch_size", batch_size, 1)
-    base: Any = base_model
-    added = {id(parameter) for parameter in adapter}
-    own = [parameter for parameter in base.parameters() if id(parameter) not in added]
-    trainable = sum(_bytes(parameter) for parameter in [*own, *adapter] if parameter.requires_grad)
+    base: Any = model
     text = base.config.get_text_config(decoder=True)
-    tokens, heads = seq_len * batch_size, text.num_attention_heads
-    element = AUTOCAST_BYTES[mixed_precision] or own[0].element_size()
+    heads = text.num_attention_heads
+    element = {"bf16": 2, "fp16": 2}.get(mixed_precision) or next(model.parameters()).element_size()
 
     attention: list[Any] = attention_layers(base)
     layers: list[int] = [layer.layer_idx for layer in attention] or list(range(text.num_hidden_layers))
@@ -67,16 +55,15 @@ def memory_estimate(
     # a product and a sum, for Q K^T and for P V
     flops = 4 * head_dim * batch_size
 
-    estimate: dict[str, float] = {
-        "weights": sum(map(_bytes, own)),
-        "adapter": sum(map(_bytes, adapter)),
-        "gradients": trainable,
-        "optimizer": 2 * trainable,
-        "activations": _activations(base, text, tokens) * element,
-        "logits": 2 * tokens * text.vocab_size * FP32,
-    }
-    return estimate | {
-        "total": sum(estimate.values()),
+    counted = training_footprint(model, adapter, seq_len, batch_size, mixed_precision)
+    kept = {name: size for name, size in counted.kept.items() if name != LOGITS}
+    known = {*counted.lasting, *counted.kept}
+    return {
+        **{name: counted.lasting[name] for name in ("weights", "adapter", "gradients", "optimizer")},
+        "activations": sum(kept.values()) + counted.lasting["kept norms"],
+        "logits": counted.kept.get(LOGITS, 0),
+        "temporaries": sum(size for name, size in counted.at_peak.items() if name not in known),
+        "total": counted.peak,
         "attention_flops_full": flops * full_pairs,
         "attention_flops_s2": flops * s2_pairs,
         "attention_ratio": full_pairs / s2_pairs,
@@ -107,20 +94,3 @@ def _layer_pairs(groups: Groups, layer: int, length: int, heads: int) -> int:
     return shifted * attended_pairs(length, size, rule["shift"], sinks) + (heads - shifted) * attended_pairs(
         length, size, 0, sinks
     )
-
-
-def _activations(base: nn.Module, text: Any, tokens: int) -> int:
-    """Numbers that the backward keeps."""
-    linears: list[Any] = [
-        module for module in base.modules() if isinstance(module, (HybridLinear, nn.Linear)) or is_conv1d(module)
-    ]
-    head = base.get_output_embeddings()  # type: ignore[operator]
-    kept = sum(sum(linear.weight.shape) for linear in linears if linear is not head)
-    if getattr(base, "is_gradient_checkpointing", False):
-        layers = text.num_hidden_layers
-        kept = layers * text.hidden_size + kept // layers
-    return kept * tokens
-
-
-def _bytes(parameter: nn.Parameter) -> int:
-    return parameter.numel() * parameter.element_size()

@@ -202,7 +202,7 @@ class HyLoRADAModel(nn.Module):
     def get_memory_estimate(self, seq_len: int, batch_size: int = 1) -> dict[str, float]:
         """What a training step on (batch_size, seq_len) tokens needs; see `memory_estimate` for the numbers."""
         config, adapter = self.hylorada_config, list(_without_base(self.adapter_parameters()).values())
-        return memory_estimate(self.base_model, adapter, groups_of(config), config.mixed_precision, seq_len, batch_size)
+        return memory_estimate(self, adapter, groups_of(config), config.mixed_precision, seq_len, batch_size)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Switch on the base model's gradient checkpointing, non-reentrant unless {"use_reentrant": True} is given."""

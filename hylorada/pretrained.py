@@ -6,10 +6,19 @@ import importlib.util
 import logging
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .assets import Distribution, cache_dir, fetch, move_into_place
 
@@ -34,15 +43,28 @@ def load_pretrained(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreT
     dtype: of the model's weights
     """
     source = str(_smollm2_directory()) if name == SMOLLM2 else name
-    try:
+    with _explained(name):
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    return model, tokenizer
+
+
+def load_config(name: str) -> PretrainedConfig:
+    """The config alone of a model that `load_pretrained` would return."""
+    source = str(_smollm2_directory()) if name == SMOLLM2 else name
+    with _explained(name):
+        return AutoConfig.from_pretrained(source)
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise OSError(
             f"model {name!r} cannot be had: it is not {SMOLLM2!r}, not a directory with a saved model, and the hub "
             f"did not give it. {error}"
         ) from error
-    return model, tokenizer
 
 
 def _smollm2_directory() -> Path:
