@@ -6,6 +6,7 @@ CONSTRAINTS ?=
 PYTEST_ARGS ?= -n auto --maxprocesses 4
 DEMO_ARGS ?=
 AOT_ARGS ?=
+BENCH_ARGS ?= --results results/bench
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -36,8 +37,9 @@ demo: $(INSTALLED)
 		--steps 30 --batch_size 1 --max_length 256 --num_test 20 \
 		--lr lora=4e-3 dora=4e-3 hylorada=2e-3 $(DEMO_ARGS)
 
-bench: test-kernels
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+bench: $(INSTALLED)
+	$(BIN)/python -m pytest -n 0 benchmarks/bench_column_norm.py benchmarks/bench_layer_steps.py \
+		benchmarks/bench_shifted_attention.py --pace 0.4 $(BENCH_ARGS)
 
 aot-report: $(INSTALLED)
 	$(BIN)/python -m hylorada_kernels.testing.aot_report $(AOT_ARGS)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from benchmarks.memory import MIB
-from benchmarks.paired import median_ratio
+from benchmarks.paired import median_ratio, ratio_spread
 from hylorada.memory import peak_memory
 from hylorada_kernels.ops.shifted_attention import shifted_attention
 from hylorada_kernels.testing import relative_error
@@ -161,6 +161,22 @@ def test_cost_is_linear_in_length(one_thread, benchmark, record, paired):
     if not benchmark.disabled:
         assert max(values.values()) <= 2 * 1.15
     benchmark.pedantic(steps["8192"], rounds=1)
+
+
+@pytest.mark.parametrize("length", [2048, 4096, 8192, 16384])
+def test_cost_by_length(one_thread, benchmark, record, paired, length):
+    """Full attention's cost grows with the square of the length."""
+    tensors = inputs(length, "fp32")
+    assert_agreement([ours], tensors, "fp32")
+    steps = {"ours": forward_and_backward(ours, tensors)}
+    if length <= 8192:
+        steps["full"] = forward_and_backward(full, tensors)
+    times = paired(steps, SECONDS_PER_CASE, fewest=FEWEST)
+    values = {f"{name}, ms": 1e3 * statistics.median(seconds) for name, seconds in times.items()}
+    if "full" in times:
+        values |= {"full / ours": median_ratio(times, "full", "ours"), "±": ratio_spread(times, "full", "ours")}
+    record("shifted attention cost by length", {"dtype": "fp32", "length": length}, values, over="length")
+    benchmark.pedantic(steps["ours"], rounds=1)
 
 
 def peak_over_least(length: int, shifted: bool) -> dict[str, float]:

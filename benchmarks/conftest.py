@@ -8,40 +8,49 @@ from typing import Any
 import pytest
 
 from benchmarks.paired import geometric_mean, paired_times
+from benchmarks.plots import draw
 from hylorada.provenance import provenance
 
 Row = dict[str, Any]
 _tables: dict[str, list[Row]] = defaultdict(list)
 _groups: dict[str, list[str]] = {}
+_keys: dict[str, list[str]] = {}
+_over: dict[str, str | None] = {}
 
 
 def pytest_addoption(parser):
-    parser.addoption("--results", type=Path, metavar="DIRECTORY", help="write every table there, as JSON and Markdown")
+    parser.addoption(
+        "--results", type=Path, metavar="DIRECTORY", help="write every table there, as JSON, Markdown, PNG"
+    )
+    parser.addoption("--pace", type=float, default=1.0, metavar="SHARE", help="of the usual seconds, for each case")
 
 
 @pytest.fixture
 def record(benchmark):
     """record(table, case, values): keep a row. Values whose names have a " / " are ratios: they get geometric means.
 
-    The last entry of `case` tells apart the rows that a mean is taken over.
+    The last entry of `case` tells apart the rows that a mean is taken over. `over` names the entry of `case` that the
+    picture draws times (", ms") over; without it the picture shows the ratios as bars.
     """
 
-    def record(table: str, case: Row, values: dict[str, float]) -> None:
+    def record(table: str, case: Row, values: dict[str, float], over: str | None = None) -> None:
         values = {name: round(value, 4) for name, value in values.items()}
         benchmark.extra_info.update(values)
         _tables[table].append({**case, **values})
         _groups[table] = list(case)[:-1]
+        _keys[table], _over[table] = list(case), over
 
     return record
 
 
 @pytest.fixture
-def paired(benchmark):
+def paired(benchmark, request):
     """paired(contenders, seconds): `paired_times`; a single round where the benchmarks are only tried out."""
 
     def paired(contenders, seconds: float, **bounds):
         if benchmark.disabled:
-            seconds, bounds = 0, {"fewest": 1, "warmup": 1}
+            seconds, bounds = 0, bounds | {"fewest": 1, "warmup": 1}
+        seconds *= request.config.getoption("--pace")
         return paired_times(contenders, seconds=seconds, **bounds)
 
     return paired
@@ -91,4 +100,6 @@ def _write(directory: Path, table: str, rows: list[Row], means: list[Row], text:
     name = table.replace(" ", "_").replace(",", "")
     content = {**facts, "rows": rows, "geometric means": means}
     (directory / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if draw(table, rows, _keys[table], _over[table], directory / f"{name}.png"):
+        text += f"\n![{table}]({name}.png)\n"
     (directory / f"{name}.md").write_text(f"# {table}\n\n{origin}\n\n{text}", encoding="utf-8")

@@ -7,13 +7,22 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 
+import torch
+
 
 def paired_times(
-    contenders: dict[str, Callable[[], None]], *, seconds: float, fewest: int = 12, most: int = 200, warmup: int = 2
+    contenders: dict[str, Callable[[], None]],
+    *,
+    seconds: float,
+    fewest: int = 12,
+    most: int = 200,
+    warmup: int = 2,
+    processor: dict[str, list[float]] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of each call, by name; entry i of every list comes from the same round, whose order is random.
 
-    After `warmup` rounds there are as many as fit into `seconds`, but at least `fewest` and at most `most`.
+    After `warmup` rounds there are as many as fit into `seconds`, but at least `fewest` and at most `most`. On a GPU a
+    call ends when the GPU is done. `processor` takes the processor's seconds, of all threads, in the same order.
     """
     order = random.Random(0)
     names = list(contenders)
@@ -27,25 +36,41 @@ def paired_times(
         rounds = min(most, max(fewest, int(seconds / (time.perf_counter() - begun))))
         for _ in range(rounds):
             order.shuffle(names)
-            for name, elapsed in _one_round(contenders, names).items():
+            for name, (elapsed, busy) in _one_round(contenders, names).items():
                 times[name].append(elapsed)
+                if processor is not None:
+                    processor.setdefault(name, []).append(busy)
     finally:
         gc.enable()
     return times
 
 
-def _one_round(contenders: dict[str, Callable[[], None]], names: list[str]) -> dict[str, float]:
+def _one_round(contenders: dict[str, Callable[[], None]], names: list[str]) -> dict[str, tuple[float, float]]:
     elapsed = {}
     for name in names:
-        start = time.perf_counter()
+        _wait_for_gpu()
+        start, busy = time.perf_counter(), time.process_time()
         contenders[name]()
-        elapsed[name] = time.perf_counter() - start
+        _wait_for_gpu()
+        elapsed[name] = (time.perf_counter() - start, time.process_time() - busy)
     return elapsed
+
+
+def _wait_for_gpu() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def median_ratio(times: dict[str, list[float]], numerator: str, denominator: str) -> float:
     """The median over rounds of numerator's time / denominator's."""
     return statistics.median(a / b for a, b in zip(times[numerator], times[denominator], strict=True))
+
+
+def ratio_spread(times: dict[str, list[float]], numerator: str, denominator: str) -> float:
+    """Half of the range that the middle half of the rounds' ratios has."""
+    ratios = [a / b for a, b in zip(times[numerator], times[denominator], strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios * 3)
+    return (high - low) / 2
 
 
 def geometric_mean(values: Iterable[float]) -> float:
