@@ -11,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install lint test test-all test-kernels test-gpu demo bench aot-report clean FORCE
+.PHONY: install lint test test-all test-kernels test-gpu demo bench bench-gpu aot-report clean FORCE
 
 install: $(INSTALLED)
 
@@ -30,7 +30,10 @@ test-kernels: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/kernels
 
 test-gpu: $(INSTALLED)
-	HYLORADA_REQUIRE_GPU=1 $(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m benchmarks.gpu_kit test
+
+bench-gpu: $(INSTALLED)
+	$(BIN)/python -m benchmarks.gpu_kit bench
 
 demo: $(INSTALLED)
 	$(BIN)/python benchmarks/run_benchmark.py --methods baseline lora dora hylorada \

@@ -1,11 +1,11 @@
-"""The command line: `python -m hylorada_kernels tune`."""
+"""The command line: `python -m hylorada_kernels tune` and `doctor`."""
 
 import argparse
 import sys
 
 import torch
 
-from . import backend
+from . import backend, doctor
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -13,8 +13,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="hylorada_kernels", description="Fused low-rank adapters.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("tune", help="measure on this GPU which kernels to use at which size, and keep the result")
-    parser.parse_args(arguments)
-    return _tune()
+    commands.add_parser("doctor", help="say what was found here, and which path each op takes and why")
+    return {"tune": _tune, "doctor": _doctor}[parser.parse_args(arguments).command]()
+
+
+def _doctor() -> int:
+    print("\n".join(doctor.findings()))
+    return 0
 
 
 def _tune() -> int:

@@ -52,6 +52,11 @@ def using(choice: str) -> Iterator[None]:
         _requested_when_tracing = _requested.get()
 
 
+def requested() -> str:
+    """What `using` or the environment asks for in this thread: "auto", "eager" or "triton"."""
+    return _requested.get()
+
+
 def choose(x: Tensor) -> str:
     """ "eager" or "triton" for an op whose activations are `x`; RuntimeError where an explicit "triton" cannot run."""
     requested = _requested_when_tracing if torch.compiler.is_compiling() else _requested.get()

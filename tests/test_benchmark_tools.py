@@ -1,0 +1,78 @@
+"""What the benchmarks measure with: paired times, their spread, the counts of a roofline, the pictures."""
+
+import pytest
+import torch
+
+from benchmarks import plots
+from benchmarks.paired import median_ratio, paired_times, ratio_spread
+from benchmarks.roofline import Work, attention_work, column_norm_work, linear_backward_work, linear_forward_work
+from hylorada.estimate import attended_pairs
+from hylorada_kernels import column_norm, hybrid_linear, shifted_attention, testing, using
+from hylorada_kernels.testing import interpreter, linear_inputs
+
+
+def test_ratios_and_spreads_are_those_of_rounds():
+    times = {"a": [2.0, 4.0, 9.0, 4.0], "b": [1.0, 2.0, 3.0, 4.0]}
+    assert median_ratio(times, "a", "b") == 2.0
+    # ratios 1, 2, 2, 3: quartiles 1.25 and 2.75
+    assert ratio_spread(times, "a", "b") == pytest.approx(0.75)
+    assert ratio_spread({"a": [3.0], "b": [1.0]}, "a", "b") == 0.0
+
+
+def test_processor_seconds_come_from_the_same_rounds():
+    processor: dict[str, list[float]] = {}
+    times = paired_times({"busy": lambda: sum(range(20_000))}, seconds=0, fewest=3, processor=processor)
+    assert len(times["busy"]) == len(processor["busy"]) == 3
+    assert all(seconds >= 0 for seconds in processor["busy"])
+
+
+def test_the_stricter_limit_decides():
+    assert Work(flops=100.0, ideal_bytes=10.0).achieved(4.0, limits=(50.0, 10.0)) == 0.5
+    assert Work(flops=10.0, ideal_bytes=30.0).achieved(4.0, limits=(50.0, 10.0)) == 0.75
+
+
+def moved(log):
+    return sum(launch.read + launch.written for launch in log)
+
+
+needs_interpreter = pytest.mark.skipif(not interpreter.supported(), reason=interpreter.requires_interpreter)
+
+
+@needs_interpreter
+def test_no_kernel_moves_less_than_the_ideal_bytes_of_its_layer():
+    testing.interpret()
+    given = linear_inputs(64, 96, 128, 4, dtype=torch.bfloat16, bias=False, token_scale=False)
+    weight, a, b = given.weight, given.lora_a, given.lora_b
+    with using("triton"):
+        with interpreter.traffic() as log:
+            norm = column_norm(weight, a, b, scale=given.scale)
+        assert 1.0 <= moved(log) / column_norm_work(96, 128, 4, 2).ideal_bytes <= 1.10
+
+        x = given.x.requires_grad_()
+        trained = [tensor.requires_grad_() for tensor in (a, b, given.magnitude)]
+        with interpreter.traffic() as log:
+            y = hybrid_linear(x, weight, *trained, given.blend, scale=given.scale, norm=norm)
+        assert 1.0 <= moved(log) / linear_forward_work(64, 96, 128, 4, 2).ideal_bytes <= 1.40
+        with interpreter.traffic() as log:
+            y.backward(given.dy)
+        assert 0.95 <= moved(log) / linear_backward_work(64, 96, 128, 4, 2).ideal_bytes <= 1.40
+
+
+@needs_interpreter
+def test_attention_moves_its_ideal_bytes_in_one_group():
+    testing.interpret()
+    q, k, v = (torch.randn(1, heads, 32, 32) for heads in (4, 2, 2))
+    with using("triton"), torch.no_grad(), interpreter.traffic() as log:
+        shifted_attention(q, k, v, group_size=32)
+    work = attention_work(4 * attended_pairs(32), 32, 4, 2, 32, 4)
+    assert moved(log) == pytest.approx(work.ideal_bytes, rel=0.05)
+    assert work.flops == 4 * 32 * 4 * 32 * 33 / 2
+
+
+@pytest.mark.parametrize("over", [None, "rank"])
+def test_pictures_are_drawn_of_ratios_or_over_a_key(tmp_path, over):
+    rows = [{"layer": "a", "rank": rank, "x, ms": 1.0 * rank, "x / y": 0.5 * rank} for rank in (1, 2, 4)]
+    assert plots.draw("title", rows, ["layer", "rank"], over, tmp_path / "it.png")
+    assert (tmp_path / "it.png").read_bytes().startswith(b"\x89PNG")
+    assert not plots.draw("title", [{"layer": "a", "x, ms": 1.0}], ["layer"], None, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
