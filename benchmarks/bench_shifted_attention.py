@@ -1,13 +1,15 @@
-"""Shifted attention on the CPU beside full attention, the published roll, plain PyTorch, and FlexAttention.
+"""Shifted attention beside full attention, the published roll, plain PyTorch, and FlexAttention.
 
     pytest benchmarks/bench_shifted_attention.py --results benchmarks/results
 
 8 heads of 64, groups of 2048, half of the heads shifted by 1024. "split" is the same mathematics in plain PyTorch: cut,
-attend, join. "rolled" is the published form, which lets tokens see the future; "flex" has no backward on the CPU.
+attend, join. "rolled" is the published form, which lets tokens see the future; "flex" has no backward on the CPU. On a
+GPU "ours" is the Triton kernels, and flash-attn's full attention stands beside it in bf16 where that is installed.
 Outputs and gradients are compared before anything is timed. One thread: the work counts, not the wait of threads for
 one another on a machine that others share.
 """
 
+import importlib.util
 import itertools
 import statistics
 from concurrent.futures import ProcessPoolExecutor
@@ -21,6 +23,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from benchmarks.memory import MIB
 from benchmarks.paired import median_ratio, ratio_spread
+from benchmarks.shapes import DEVICE
 from hylorada.memory import peak_memory
 from hylorada_kernels.ops.shifted_attention import shifted_attention
 from hylorada_kernels.testing import relative_error
@@ -45,7 +48,8 @@ def one_thread():
 def inputs(length: int, dtype: str) -> list[Tensor]:
     """q, k, v as a model's projections give them, and the gradient of the output."""
     torch.manual_seed(0)
-    tensors = [torch.randn(1, length, HEADS, HEAD_DIM, dtype=DTYPES[dtype]).transpose(1, 2) for _ in range(4)]
+    shape = (1, length, HEADS, HEAD_DIM)
+    tensors = [torch.randn(shape, dtype=DTYPES[dtype]).to(DEVICE).transpose(1, 2) for _ in range(4)]
     return [*(x.requires_grad_() for x in tensors[:3]), tensors[3]]
 
 
@@ -92,9 +96,22 @@ def flex(length: int):
         same = (query + GROUP - offset) // GROUP == (key + GROUP - offset) // GROUP
         return same & (key <= query)
 
-    mask = create_block_mask(attends, None, HEADS, length, length, device="cpu")
+    mask = create_block_mask(attends, None, HEADS, length, length, device=DEVICE)
     compiled = torch.compile(flex_attention)
+    if DEVICE == "cuda":
+        return lambda *tensors: compiled(*tensors, block_mask=mask)
     return lambda *tensors: compiled(*(x.detach() for x in tensors), block_mask=mask)
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Full attention by the package flash-attn."""
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=True).transpose(1, 2)
+
+
+def has_flash(dtype: str) -> bool:
+    return DEVICE == "cuda" and dtype == "bf16" and importlib.util.find_spec("flash_attn") is not None
 
 
 def assert_agreement(functions, tensors: list[Tensor], dtype: str) -> None:
@@ -137,7 +154,9 @@ def test_beside_others(one_thread, benchmark, record, paired, step, dtype):
         "ours with sinks": ours_with_sinks,
         "ours unshifted": ours_unshifted,
     }
-    if step is forward:
+    if has_flash(dtype):
+        functions["flash"] = flash
+    if step is forward or DEVICE == "cuda":
         functions["flex"] = flex(8192)
         with torch.no_grad():
             error = relative_error(functions["flex"](*tensors[:3]), ours(*tensors[:3]))
@@ -146,8 +165,9 @@ def test_beside_others(one_thread, benchmark, record, paired, step, dtype):
     times = paired(steps, SECONDS_PER_CASE, fewest=FEWEST)
     values = {"ours, ms": 1e3 * statistics.median(times["ours"])}
     values |= {f"{name} / ours": median_ratio(times, name, "ours") for name in times if name != "ours"}
+    values["±"] = ratio_spread(times, "full", "ours")
     record("shifted attention", {"step": step.__name__.replace("_", " "), "dtype": dtype}, values)
-    if not benchmark.disabled:
+    if not benchmark.disabled and DEVICE == "cpu":
         assert min(values["full / ours"], median_ratio(times, "full", "ours unshifted")) >= 2.5
     benchmark.pedantic(steps["ours"], rounds=3)
 
@@ -194,6 +214,7 @@ def peak_over_least(length: int, shifted: bool) -> dict[str, float]:
     return {"inputs and outputs, MiB": least / MIB, "peak / inputs and outputs": used / least}
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="it measures the process, whose memory a GPU's tensors are not in")
 @pytest.mark.parametrize("shifted", [False, True], ids=["unshifted", "half shifted"])
 def test_memory_at_32k(benchmark, record, shifted):
     """In a process of its own, whose resident memory nothing else has raised."""

@@ -25,7 +25,7 @@ import torch
 from hylorada.provenance import provenance
 
 PYTEST = [sys.executable, "-m", "pytest", "-n", "0", "-q"]
-BENCHMARKS = ("bench_column_norm.py", "bench_layer_steps.py")
+BENCHMARKS = ("bench_column_norm.py", "bench_layer_steps.py", "bench_shifted_attention.py")
 Step = tuple[str, list[str]]
 
 

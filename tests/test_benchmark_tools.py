@@ -1,9 +1,11 @@
 """What the benchmarks measure with: paired times, their spread, the counts of a roofline, the pictures."""
 
+import json
+
 import pytest
 import torch
 
-from benchmarks import plots
+from benchmarks import compare, plots
 from benchmarks.paired import median_ratio, paired_times, ratio_spread
 from benchmarks.roofline import Work, attention_work, column_norm_work, linear_backward_work, linear_forward_work
 from hylorada.estimate import attended_pairs
@@ -76,3 +78,19 @@ def test_pictures_are_drawn_of_ratios_or_over_a_key(tmp_path, over):
     assert (tmp_path / "it.png").read_bytes().startswith(b"\x89PNG")
     assert not plots.draw("title", [{"layer": "a", "x, ms": 1.0}], ["layer"], None, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_two_runs_are_compared_ratio_by_ratio(tmp_path, capsys):
+    for name, ratio in (("first", 1.0), ("second", 1.3)):
+        rows = [
+            {"layer": "near", "rank": 8, "x, ms": 3.0, "x / y": 1.0 + ratio / 100, "±": 0.02},
+            {"layer": "far", "rank": 8, "x, ms": 3.0, "x / y": ratio, "z / y": 9.0, "±": 0.02},
+            {"layer": "no spread", "rank": 8, "x / y": ratio},
+        ]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "table.json").write_text(json.dumps({"rows": rows}))
+    assert compare.main([str(tmp_path / "first"), str(tmp_path / "second")]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "table: far, 8: 1.000 and 1.300, spread 0.020",
+        "1 of 2 ratios within their spread",
+    ]
