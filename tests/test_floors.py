@@ -13,14 +13,18 @@ LIBRARY = sorted((ROOT / "hylorada").rglob("*.py"))
 
 # what a module of hylorada may import of hylorada: modules of lower floors, and its own floor's from the list on
 FLOORS = [
-    ["assets", "checkpoint", "config", "memory", "provenance", "report", "row_attention", "trackers"],
-    ["data", "pretrained", "position", "storage"],
-    ["daa", "embeddings", "landmark", "lora", "rope", "evaluation", "run_state"],
+    ["assets", "checkpoint", "config", "hub", "memory", "provenance", "row_attention", "statistics", "trackers"],
+    ["sources", "pretrained", "position", "report", "storage"],
+    ["data"],
+    ["daa", "embeddings", "landmark", "lora", "perplexity", "rope", "run_state"],
+    ["retrieval"],
+    ["evaluation"],
     ["s2_attention", "sparse"],
-    ["components", "estimate"],
+    ["components", "footprint"],
+    ["estimate"],
     ["model"],
-    ["baselines", "trainer", "integrations.peft_files", "integrations.trl"],
-    ["integrations.peft"],
+    ["baselines", "export", "trainer", "integrations.peft_files", "integrations.peft_tuner", "integrations.trl"],
+    ["comparison", "integrations.peft", "plan"],
 ]
 
 
