@@ -23,8 +23,9 @@ from .ops.column_norm import column_norm, eager
 if backend.HAS_TRITON:
     from .ops.column_norm import kernel
 
-# elements of the frozen weight that are looked at: whoever replaces it changes more than one in thousands
-WEIGHT_SAMPLES = 4096
+# elements of the frozen weight that are looked at: whoever replaces it changes more than one in a hundred. Each lies in
+# a page of its own, so that many of them would cost as much as a small layer
+WEIGHT_SAMPLES = 512
 KEY_LENGTH = 7
 
 _verifying: ContextVar[bool] = ContextVar("hylorada_verify_norms", default=False)

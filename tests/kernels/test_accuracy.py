@@ -37,8 +37,8 @@ def test_the_norm_survives_cancellation(backend, dtype, distance):
         norm = column_norm(weight.to(here), lora_a.to(here), lora_b.to(here), scale=1.0)
     error = relative_error(norm.cpu(), truth)
     assert error <= LADDER[distance]
-    # no more than the fp32 sum itself loses, and the rounding of the result
-    assert error <= 1.1 * relative_error((weight + lora_b @ lora_a).double().norm(dim=1), truth) + 2.0**-23
+    # no more than the fp32 sum itself loses, in whatever order it is taken, and the rounding of the result
+    assert error <= 1.2 * relative_error((weight + lora_b @ lora_a).double().norm(dim=1), truth) + 2.0**-23
 
 
 def near_unity(exponent, dtype, **options):

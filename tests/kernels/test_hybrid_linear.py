@@ -406,3 +406,14 @@ def test_bad_input_is_named(case):
     hybrid_linear(**good)
     with pytest.raises(error, match=message):
         hybrid_linear(**{**good, **changes})
+
+
+def test_a_second_derivative_is_refused_and_a_kept_graph_is_not():
+    layer_input = torch.randn(3, 5, requires_grad=True)
+    lora_a, lora_b = (torch.randn(shape, requires_grad=True) for shape in ((2, 5), (4, 2)))
+    y = hybrid_linear(layer_input, torch.randn(4, 5), lora_a, lora_b, scale=2.0)
+    (plain,) = torch.autograd.grad(y.square().sum(), layer_input, retain_graph=True)
+    (kept,) = torch.autograd.grad(y.square().sum(), layer_input, create_graph=True)
+    torch.testing.assert_close(kept, plain, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        kept.sum().backward()

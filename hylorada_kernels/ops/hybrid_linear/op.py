@@ -311,11 +311,18 @@ class _HybridLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        needs, choice = ctx.options[3:]
-        run = _backward if backend.runs_directly(dy, choice) else _backward_op
-        with backend.no_autocast(dy):
-            gradients = run(dy, *ctx.saved_tensors, *ctx.options)
-        dx, *others = [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
-        return dx, None, *others, None, None, None, None, None
+        # the wrapper that refuses a second derivative costs 20 us, and is needed where one may be asked for
+        return _gradients_once(ctx, dy) if torch.is_grad_enabled() else _gradients(ctx, dy)
+
+
+def _gradients(ctx, dy):
+    needs, choice = ctx.options[3:]
+    run = _backward if backend.runs_directly(dy, choice) else _backward_op
+    with backend.no_autocast(dy):
+        gradients = run(dy, *ctx.saved_tensors, *ctx.options)
+    dx, *others = [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
+    return dx, None, *others, None, None, None, None, None
+
+
+_gradients_once = torch.autograd.function.once_differentiable(_gradients)
