@@ -227,7 +227,7 @@ class HyLoRADAConfig:
         return dataclasses.asdict(self) | {"lora_target_modules": list(self.lora_target_modules)}
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write every field to a .yaml, .yml or .json file."""
+        """Write every field to a .yaml, .yml or .json file; an old one stays until the new one is whole."""
         path = _known_suffix(path)
         if path.suffix == ".json":
             text = json.dumps(self.to_dict(), indent=2) + "\n"
@@ -235,7 +235,9 @@ class HyLoRADAConfig:
             import yaml
 
             text = yaml.safe_dump(self.to_dict(), sort_keys=False)
-        path.write_text(text, encoding="utf-8")
+        unfinished = path.with_name(f".{path.name}.part")
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "HyLoRADAConfig":

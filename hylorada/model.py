@@ -357,6 +357,7 @@ class HyLoRADAModel(nn.Module):
             given = isinstance(base_model, PreTrainedModel)
             advice = _OTHER_BASE_OF_A_MERGED_MODEL if given else _FOREIGN_FULL_MODEL
             storage.check_base(saved.base_fingerprint, _base_parameters(full_model), advice)
+            storage.check_full_model(directory)
         model = cls.__new__(cls)
         nn.Module.__init__(model)
         model._assemble(_load_base(base_model, full_model, saved.base_model), config, saved, strict_base)

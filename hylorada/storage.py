@@ -1,8 +1,11 @@
 """Adapter files: safetensors beside a JSON record with the config, the base model's fingerprint and a checksum.
 
 A folder is written as a whole: all files go into a scratch folder, and replace the old ones when all are on the disk.
+From then on a mark in the scratch folder says so: where the process is killed between two of the replacements, whoever
+reads or writes the folder next finishes them. A lock keeps two processes from writing one folder at a time.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -19,9 +22,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+try:
+    import fcntl
+except ImportError:  # Windows: saves into one folder must not overlap there
+    fcntl = None  # type: ignore[assignment]
+
 FORMAT_VERSION = 1
 TENSORS_FILE = "adapter.safetensors"
 RECORD_FILE = "hylorada_config.json"
+# in a scratch folder: all new files are whole; the names of those that then go away
+SCRATCH_PREFIX, MARK_FILE = ".saving-", "obsolete.json"
 
 # a new full model with other shards would not overwrite these, and transformers would load them
 FULL_MODEL_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
@@ -62,17 +72,21 @@ def replacing_files(directory: str | os.PathLike, obsolete: tuple[str, ...] = ()
     is_new = not directory.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as scratch:
-            new, old = Path(scratch, "new"), Path(scratch, "old")
-            new.mkdir()
-            old.mkdir()
-            yield new
-            _sync(new)
-            _exchange(directory, new, old, obsolete)
+        with _locked(directory, shared=False):
+            _finish(directory)
+            for stale in directory.glob(f"{SCRATCH_PREFIX}*"):
+                shutil.rmtree(stale)
+            with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=directory) as scratch:
+                new, old = Path(scratch, "new"), Path(scratch, "old")
+                new.mkdir()
+                old.mkdir()
+                yield new
+                _sync(new)
+                _exchange(directory, new, old, obsolete)
     except BaseException as error:
         if is_new and directory.is_dir() and not any(directory.iterdir()):
             directory.rmdir()
-        if isinstance(error, OSError):
+        if isinstance(error, (OSError, SafetensorError)):
             raise OSError(f"cannot save to {directory}: {error}; what was there before is unchanged") from error
         raise
 
@@ -91,6 +105,8 @@ def write_adapter(directory: Path, adapter: SavedAdapter) -> None:
         "base_fingerprint": adapter.base_fingerprint,
         "tensors_sha256": hashlib.sha256(data).hexdigest(),
     }
+    if adapter.merged:
+        record["full_model_sha256"] = {path.name: _sha256_of(path) for path in _full_model_files(directory)}
     record["checksum"] = _checksum(record)
     (directory / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
@@ -102,6 +118,16 @@ def read_adapter(directory: str | os.PathLike) -> SavedAdapter:
         FileNotFoundError: there is no adapter.   ValueError: it is damaged, foreign or of a newer format.
     """
     directory = Path(directory)
+    finish_interrupted_save(directory)
+    try:
+        return _read_adapter(directory)
+    except ValueError:
+        # another process may have been replacing the files meanwhile
+        with _locked(directory, shared=True):
+            return _read_adapter(directory)
+
+
+def _read_adapter(directory: Path) -> SavedAdapter:
     record = _read_record(directory)
     path = directory / TENSORS_FILE
     if not path.is_file():
@@ -118,12 +144,33 @@ def read_adapter(directory: str | os.PathLike) -> SavedAdapter:
     return SavedAdapter(record["config"], record["merged"], record["base_model"], record["base_fingerprint"], tensors)
 
 
+def check_full_model(directory: str | os.PathLike) -> None:
+    """ValueError where a weight file of a merged model is not the one that was saved with the adapter's record."""
+    directory = Path(directory)
+    # records of the first releases do not tell
+    for name, digest in _read_record(directory).get("full_model_sha256", {}).items():
+        path = directory / Path(name).name
+        if not path.is_file() or _sha256_of(path) != digest:
+            raise ValueError(
+                f"the merged model in {directory} is damaged: {path.name} is not what was saved; save or copy it again"
+            )
+
+
 def holds_merged_model(directory: str | os.PathLike) -> bool:
     """Whether the folder's record says that a full model, the merged one, lies beside it."""
     try:
+        finish_interrupted_save(directory)
         return _read_record(Path(directory))["merged"] is True
     except (OSError, ValueError, KeyError):
         return False
+
+
+def finish_interrupted_save(directory: str | os.PathLike) -> None:
+    """Put the files in place that a killed process had written, all of them, but not all in place."""
+    directory = Path(directory)
+    if any(directory.glob(f"{SCRATCH_PREFIX}*/{MARK_FILE}")):
+        with _locked(directory, shared=False):
+            _finish(directory)
 
 
 def fingerprint(parameters: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -205,6 +252,18 @@ def _checksum(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
+def _full_model_files(directory: Path) -> list[Path]:
+    return sorted(path for pattern in FULL_MODEL_FILES for path in directory.glob(pattern))
+
+
+def _sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def _sampled_row_norms(tensor: Tensor) -> list[float]:
     rows = _spread(range(tensor.shape[0]), SAMPLED_ROWS)
     return tensor.detach()[rows].float().flatten(1).norm(dim=1).tolist()
@@ -234,18 +293,60 @@ def _exchange(directory: Path, new: Path, old: Path, obsolete: tuple[str, ...]) 
     kept = [name for name in {*arriving, *leaving} if (directory / name).exists()]
     for name in kept:
         _link_or_copy(directory / name, old / name)
+    mark = new.parent / MARK_FILE
+    unfinished = mark.with_suffix(".part")
+    with unfinished.open("wb") as file:
+        file.write(json.dumps(leaving).encode())
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(unfinished, mark)
     try:
         for name in arriving:
             os.replace(new / name, directory / name)
         for name in leaving:
             os.unlink(directory / name)
     except BaseException:
+        mark.unlink()
         for name in arriving:
             if name not in kept:
                 (directory / name).unlink(missing_ok=True)
         for name in kept:
             os.replace(old / name, directory / name)
         raise
+
+
+def _finish(directory: Path) -> None:
+    for mark in directory.glob(f"{SCRATCH_PREFIX}*/{MARK_FILE}"):
+        for path in (mark.parent / "new").iterdir():
+            os.replace(path, directory / path.name)
+        for name in json.loads(mark.read_bytes()):
+            # a name, never a path to somewhere else
+            (directory / Path(name).name).unlink(missing_ok=True)
+        shutil.rmtree(mark.parent)
+
+
+@contextmanager
+def _locked(directory: Path, shared: bool) -> Iterator[None]:
+    """Wait for whoever writes the folder (for readers too, unless `shared`); the lock ends with its process."""
+    if fcntl is None:
+        yield
+        return
+    try:
+        handle = os.open(directory, os.O_RDONLY)
+    except FileNotFoundError:
+        # nothing to read: the reader says so
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        except OSError as error:
+            # some network file systems know no locks
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+        yield
+    finally:
+        os.close(handle)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

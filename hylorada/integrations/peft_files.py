@@ -182,6 +182,7 @@ def import_adapter(
     if not isinstance(base_model, PreTrainedModel):
         raise TypeError(f"base_model must be a transformers PreTrainedModel, got {type(base_model).__name__}")
     directory = Path(directory)
+    storage.finish_interrupted_save(directory)
     record, tensors = _read_peft(directory)
     if (directory / EXTRAS_FILE).is_file():
         adapter = _with_extras(directory, tensors)

@@ -39,32 +39,13 @@ def family(request):
 @pytest.fixture
 def make_base():
     """make_base(family, dtype) -> a tiny causal language model in eval mode, with the same random weights each time."""
-
-    def make(family="llama", dtype=torch.float32, **changes):
-        prefix, options, _ = FAMILIES[family]
-        tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-        config = getattr(transformers, f"{prefix}Config")(**options | tokens | changes)
-        torch.manual_seed(0)
-        model = getattr(transformers, f"{prefix}ForCausalLM" if prefix != "GPT2" else "GPT2LMHeadModel")(config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.05 * torch.randn_like(parameter))
-        return model.to(dtype).eval()
-
-    return make
+    return build_base
 
 
 @pytest.fixture
-def make_model(make_base):
+def make_model():
     """make_model(family, **config fields) -> an adapted model whose parameters are not at their start values."""
-
-    def make(family="llama", dtype=torch.float32, start=False, **fields):
-        defaults = {"lora_rank": 4, "lora_dropout": 0.0, "gradient_checkpointing": False}
-        fields = defaults | {"lora_target_modules": FAMILIES[family][2]} | fields
-        model = HyLoRADAModel(make_base(family, dtype), HyLoRADAConfig(**fields))
-        return model if start else disturb(model)
-
-    return make
+    return build_model
 
 
 @pytest.fixture
@@ -85,3 +66,22 @@ def disturb(model: nn.Module) -> nn.Module:
         for name, parameter in model.adapter_parameters().items():
             parameter.add_(NOISE[name.rpartition(".")[2]] * torch.randn_like(parameter))
     return model
+
+
+def build_base(family="llama", dtype=torch.float32, **changes):
+    prefix, options, _ = FAMILIES[family]
+    tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    config = getattr(transformers, f"{prefix}Config")(**options | tokens | changes)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{prefix}ForCausalLM" if prefix != "GPT2" else "GPT2LMHeadModel")(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.to(dtype).eval()
+
+
+def build_model(family="llama", dtype=torch.float32, start=False, **fields):
+    defaults = {"lora_rank": 4, "lora_dropout": 0.0, "gradient_checkpointing": False}
+    fields = defaults | {"lora_target_modules": FAMILIES[family][2]} | fields
+    model = HyLoRADAModel(build_base(family, dtype), HyLoRADAConfig(**fields))
+    return model if start else disturb(model)

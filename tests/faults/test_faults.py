@@ -1,0 +1,31 @@
+"""Every fault leaves the old state intact and says what is wrong; docs/faults.md is what was seen."""
+
+import os
+
+import pytest
+import torch
+
+if not hasattr(os, "fork"):
+    pytest.skip("needs a system that forks", allow_module_level=True)
+
+from tests.faults.scenarios import SCENARIOS, run
+from tests.faults.table import HEAD, PAGE, row
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A forked process has none of its parent's threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_the_page_says_what_a_fault_does(name):
+    assert row(name, run(name)) in PAGE.read_text(encoding="utf-8"), "run python -m tests.faults.table"
+
+
+def test_the_page_has_no_other_rows():
+    page = PAGE.read_text(encoding="utf-8")
+    assert page.startswith(HEAD) and page.count("\n| ") == HEAD.count("\n| ") + len(SCENARIOS)

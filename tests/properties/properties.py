@@ -1,0 +1,233 @@
+"""Random cases of every op and of whole models, and what must hold for each: used with few cases by the tests, with
+many by `fuzz.py`."""
+
+import tempfile
+from contextlib import nullcontext
+from dataclasses import replace
+
+import torch
+from hypothesis import strategies as st
+
+from hylorada import HyLoRADAModel
+from hylorada_kernels import column_norm, hybrid_linear, using
+from hylorada_kernels.ops.shifted_attention import shifted_attention
+from hylorada_kernels.testing import (
+    LinearInputs,
+    assert_within,
+    linear_amplitudes,
+    linear_inputs,
+    reference_linear,
+    reference_norm,
+)
+from hylorada_kernels.testing.attention import attention_amplitudes, attention_inputs, reference_attention
+from tests.hylorada.conftest import build_base, build_model
+from tests.hylorada.test_causality import assert_a_token_changes_nothing_before_it
+from tests.hylorada.test_causality import cases as model_fields
+from tests.kernels.parity import taking
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+# errors in units of the dtype's eps, of the root of the terms' summed squares. A result is rounded up to five times,
+# and a case of one value may meet the worst of every rounding: that is half a unit each
+ROUNDINGS = 6
+
+
+@st.composite
+def linear_cases(draw, dtypes=DTYPES, largest=16):
+    """(inputs of hybrid_linear, its options) of any shape, layout and combination of parts."""
+    tokens = draw(st.sampled_from([1, 2, 5, 9, (2, 3), (1, 1, 4), 0, (3, 0)]))
+    columns, rows = draw(st.integers(1, largest)), draw(st.integers(1, largest))
+    magnitude = draw(st.booleans())
+    given = linear_inputs(
+        tokens, columns, rows, draw(st.sampled_from([1, 2, 3, 5, 8, 17])),
+        dtype=draw(st.sampled_from(dtypes)), magnitude=magnitude, blend=draw(st.booleans()), bias=draw(st.booleans()),
+        token_scale=draw(st.booleans()), token_scale_target=draw(st.sampled_from(["output", "delta"])),
+        scale=draw(st.sampled_from([0.7, 1.0, 16.0, 2.0**-10])), seed=draw(st.integers(0, 2**32 - 1)),
+    )  # fmt: skip
+    for name in ("x", "weight", "lora_a", "lora_b", "dy"):
+        setattr(given, name, draw(st.sampled_from(LAYOUTS))(getattr(given, name)))
+    if magnitude:
+        given.magnitude[:: draw(st.integers(1, 5))] *= draw(st.sampled_from([1.0, -1.0, 0.0, 2.0**-12, 2.0**8]))
+    if given.token_scale is not None:
+        given.token_scale.reshape(-1)[:1] *= draw(st.sampled_from([1.0, 0.0, -1.0]))
+    options = {"save_output": draw(st.booleans())}
+    if magnitude:
+        options["gives_norm"] = draw(st.booleans())
+    return given, options
+
+
+def _transposed(tensor):
+    return tensor.transpose(-1, -2).contiguous().transpose(-1, -2) if tensor.dim() > 1 else tensor
+
+
+def _every_other(tensor):
+    return torch.stack([tensor, torch.full_like(tensor, float("nan"))], -1)[..., 0]
+
+
+def _shifted(tensor):
+    """At an odd address, between values that must not be read."""
+    buffer = tensor.new_full((tensor.numel() + 2,), float("nan"))
+    view = buffer[1:-1].view(tensor.shape)
+    view.copy_(tensor)
+    return view
+
+
+LAYOUTS = [lambda tensor: tensor, _transposed, _every_other, _shifted]
+
+
+def check_linear(given: LinearInputs, options: dict, backend: str = "eager", route: str | None = None) -> None:
+    """Output and all gradients against the fp64 formula."""
+    options = dict(options)
+    if options.pop("gives_norm", False):
+        options["norm"] = column_norm(given.weight, given.lora_a, given.lora_b, scale=given.scale)
+    dtype = given.x.dtype
+    wide = given.map(torch.Tensor.double)
+    leaves = wide.requiring_grad()
+    truth = reference_linear(leaves)
+    truth.backward(leaves.dy)
+    size, sizes = linear_amplitudes(wide, dtype)
+    own = given.requiring_grad()
+    with using(backend), taking(route) if route else nullcontext():
+        y = hybrid_linear(**own.arguments(), **options)
+        y.backward(own.dy)
+    assert y.dtype == dtype
+    allowed = ROUNDINGS * max(torch.finfo(dtype).eps, 2.0**-50)
+    assert_within("y", y, truth, allowed, size)
+    gradients = own.gradients()
+    assert gradients.keys() == leaves.gradients().keys()
+    for name, true in leaves.gradients().items():
+        assert gradients[name].dtype == getattr(given, name).dtype
+        assert_within(name, gradients[name], true, allowed, sizes[name])
+
+
+def check_norm(given: LinearInputs, backend: str = "eager") -> None:
+    """Every row's norm against the fp64 formula, row by row."""
+    wide = given.map(torch.Tensor.double)
+    truth = reference_norm(wide.weight, wide.lora_a, wide.lora_b, scale=given.scale)
+    with using(backend):
+        norm = column_norm(given.weight, given.lora_a, given.lora_b, scale=given.scale)
+    wide_type = torch.promote_types(given.weight.dtype, torch.float32)
+    assert norm.dtype == wide_type
+    # a row in which weight and update cancel keeps the rounding of its terms
+    terms = wide.weight.norm(dim=1) + given.scale * wide.lora_b.norm(dim=1) * wide.lora_a.norm()
+    assert ((norm.double() - truth).abs() <= 8 * torch.finfo(wide_type).eps * terms).all(), (norm, truth)
+
+
+@st.composite
+def attention_cases(draw, dtypes=DTYPES, longest=24):
+    """Inputs of shifted_attention: any lengths, padding, packing, shared heads, shifts, sinks, strides."""
+    kv_heads = draw(st.integers(1, 3))
+    heads = kv_heads * draw(st.integers(1, 3))
+    length, group = draw(st.integers(1, longest)), draw(st.integers(1, 10))
+    mode = draw(st.sampled_from(["none", "half", "all"] if heads > 1 else ["none", "all"]))
+    batch, boundaries = draw(st.integers(1, 2)), {}
+    padding = draw(st.sampled_from(["none", "lengths", "documents"]))
+    if padding == "lengths":
+        boundaries["lengths"] = draw(st.lists(st.integers(0, length), min_size=batch, max_size=batch))
+    elif padding == "documents":
+        batch = 1
+        first = draw(st.integers(0, length))
+        second = draw(st.integers(0, length - first))
+        boundaries["documents"] = [first, second, length - first - second]
+    given = attention_inputs(
+        batch, heads, kv_heads, length, draw(st.sampled_from([1, 3, 8, 16])), group_size=group,
+        dtype=draw(st.sampled_from(dtypes)), shift=0 if mode == "none" else draw(st.integers(0, group - 1)),
+        shifted_heads=mode, causal=draw(st.booleans()), sink_tokens=draw(st.integers(0, 6)),
+        seed=draw(st.integers(0, 2**32 - 1)), **boundaries,
+    )  # fmt: skip
+    for name in ("q", "k", "v", "do"):
+        setattr(given, name, draw(st.sampled_from(LAYOUTS))(getattr(given, name)))
+    return given
+
+
+def check_attention(given, backend: str = "eager") -> None:
+    """Output and gradients against the dense fp64 predicate; in a causal case nothing shows before a changed token."""
+    wide = given.to(torch.float64)
+    truth = reference_attention(wide)
+    truth.backward(wide.do)
+    size, sizes = attention_amplitudes(wide)
+    own = replace(given, **{name: getattr(given, name).detach().requires_grad_(True) for name in given.TRAINED})
+    with using(backend):
+        y = shifted_attention(**own.arguments())
+        y.backward(own.do)
+    # probabilities and their gradients are rounded where they enter products; scores move them in fp32
+    allowed = 4 * ROUNDINGS * max(torch.finfo(given.q.dtype).eps, 2.0**-50)
+    assert_within("out", y, truth, allowed, size)
+    gradients = own.gradients()
+    for name, true in wide.gradients().items():
+        # of a row that sees one key nothing but rounding is left: it counts beside the sizes of what cancelled
+        assert_within(name, gradients[name], true, allowed, sizes[name] + wide.do.norm() * 1e-3)
+    if given.causal and given.cu_seqlens is None:
+        length = given.q.shape[2]
+        start = length // 2
+        # a copy may have other strides, for which the calls are cut otherwise: both runs are of copies
+        copies = [replace(given, **{name: getattr(given, name).clone() for name in given.TRAINED}) for _ in range(2)]
+        for name in given.TRAINED:
+            getattr(copies[1], name)[:, :, start:] += 1
+        with torch.no_grad(), using(backend):
+            before, after = (shifted_attention(**copy.arguments()) for copy in copies)
+        assert torch.equal(after[:, :, :start], before[:, :, :start]), "a later token shows"
+
+
+WHAT = ["start", "causality", "merge", "save", "decode", "export"]
+
+
+@st.composite
+def model_cases(draw):
+    """(what is checked, family, fields of the config, length, position)."""
+    family, fields, length, position, training = draw(model_fields())
+    return draw(st.sampled_from(WHAT)), family, fields, length, position, training
+
+
+@torch.no_grad()
+def check_model(case) -> None:
+    """One of the equalities of a whole model, in a random combination of its parts."""
+    what, family, fields, length, position, training = case
+    fields = fields | {"max_sequence_length": 256}
+    ids = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(position))
+    if what == "start":
+        fields |= {"rope_scaling_type": None, "rope_scaling_factor": 1.0, "s2_eval": False}
+        found = build_model(family, start=True, **fields)(ids).logits
+        torch.testing.assert_close(found, build_base(family)(ids).logits, rtol=1e-5, atol=1e-5)
+        return
+    model = build_model(family, **fields)
+    if what == "causality":
+        assert_a_token_changes_nothing_before_it(model.train(training), length, position)
+        return
+    expected = model(ids).logits
+    if what == "merge":
+        weights = {name: weight.clone() for name, weight in model.named_parameters()}
+        if fields["position_bias_enabled"] and fields["position_bias_target"] == "delta":
+            try:
+                model.merge_lora_weights()
+            except RuntimeError as error:
+                assert "position" in str(error)
+            else:
+                raise AssertionError("a position scale of the delta was merged away")
+        else:
+            model.merge_lora_weights()
+            torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
+            model.unmerge_lora_weights()
+        assert torch.equal(model(ids).logits, expected)
+        assert all(torch.equal(weight, weights[name]) for name, weight in model.named_parameters())
+    elif what == "save":
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            loaded = HyLoRADAModel.from_pretrained(build_base(family), folder)
+        assert torch.equal(loaded(ids).logits, expected)
+    elif what == "decode":
+        # whole, then from a cache: all tokens but the last few, then one by one
+        known = model(ids[:, :8], use_cache=True)
+        steps = [known.logits]
+        cache = known.past_key_values
+        for i in range(8, 12):
+            step = model(ids[:, i : i + 1], past_key_values=cache, use_cache=True)
+            steps.append(step.logits)
+            cache = step.past_key_values
+        torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-4, atol=1e-5)
+    else:
+        from hylorada.integrations.peft_files import export_adapter, import_adapter
+
+        with tempfile.TemporaryDirectory() as folder:
+            export_adapter(model, folder)
+            loaded = import_adapter(build_base(family), folder)
+        assert torch.equal(loaded(ids).logits, expected)
