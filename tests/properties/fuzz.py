@@ -37,20 +37,25 @@ ROUTES = st.sampled_from(["fused", "one_pass", "library"])
 
 # name: (the cases, the check of one, how many, kind)
 PROPERTIES = {
-    "hybrid_linear, eager": (linear_cases(), lambda case: check_linear(*case), 40_000, "eager"),
-    "column_norm, eager": (linear_cases(), lambda case: check_norm(case[0]), 30_000, "eager"),
-    "shifted_attention, eager": (attention_cases(), check_attention, 30_000, "eager"),
+    "hybrid_linear, eager": (linear_cases(), lambda case: check_linear(*case), 25_000, "eager"),
+    "column_norm, eager": (linear_cases(), lambda case: check_norm(case[0]), 55_000, "eager"),
+    "shifted_attention, eager": (attention_cases(), check_attention, 20_000, "eager"),
     "hybrid_linear, interpreted": (
         st.tuples(linear_cases(TRITON), ROUTES),
         lambda case: check_linear(*case[0], backend="triton", route=case[1]),
-        1_100,
+        700,
         "interpreted",
     ),
-    "column_norm, interpreted": (linear_cases(TRITON), lambda case: check_norm(case[0], "triton"), 650, "interpreted"),
+    "column_norm, interpreted": (
+        linear_cases(TRITON),
+        lambda case: check_norm(case[0], "triton"),
+        1_250,
+        "interpreted",
+    ),
     "shifted_attention, interpreted": (
         attention_cases(TRITON),
         lambda case: check_attention(case, "triton"),
-        300,
+        100,
         "interpreted",
     ),
     "whole models": (model_cases(), check_model, 2_000, "whole model"),
