@@ -7,11 +7,12 @@ PYTEST_ARGS ?= -n auto --maxprocesses 4
 DEMO_ARGS ?=
 AOT_ARGS ?=
 BENCH_ARGS ?= --results results/bench
+FUZZ_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install lint test test-all test-kernels test-gpu demo bench bench-gpu aot-report clean FORCE
+.PHONY: install lint test test-all test-kernels test-gpu demo bench bench-gpu aot-report fuzz mutants audit clean FORCE
 
 install: $(INSTALLED)
 
@@ -46,6 +47,18 @@ bench: $(INSTALLED)
 
 aot-report: $(INSTALLED)
 	$(BIN)/python -m hylorada_kernels.testing.aot_report $(AOT_ARGS)
+
+fuzz: $(INSTALLED)
+	$(BIN)/python -m tests.properties.fuzz $(FUZZ_ARGS)
+
+mutants: $(INSTALLED)
+	$(BIN)/python -m tests.mutants
+
+# asks the package index for known vulnerabilities of what is installed; needs the network
+audit: $(INSTALLED)
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/python -m pip install pip-audit
+	$(VENV)/audit/bin/pip-audit --path $$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") --skip-editable
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
