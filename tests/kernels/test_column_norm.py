@@ -53,6 +53,17 @@ def test_norm_survives_cancellation(backend, distance, dtype):
     assert relative_error(norm, truth_of(weight, lora_a, lora_b, 1.0)) <= 4 * 2.0**-24 / distance
 
 
+def test_norm_survives_cancellation_within_the_update(backend):
+    """Dependent rows of A: the terms of B A are some hundred times as large as B A and W."""
+    weight, scale = torch.tensor([[0.1649]]), 16.0
+    lora_a = torch.tensor([[0.6994], [-1.3805], [-0.8557], [-1.6589], [-2.1713]])
+    lora_b = torch.tensor([[-0.1334, -0.0842, 0.1105, -0.1882, 0.1126]])
+    with using(backend):
+        norm = column_norm(weight, lora_a, lora_b, scale=scale)
+    truth = truth_of(weight, lora_a, lora_b, scale)
+    assert (norm.double() / truth - 1).abs().item() <= 2e-5
+
+
 def test_layouts_do_not_matter(backend):
     weight, lora_a, lora_b = factors(6, 50, 37)
     with using(backend):

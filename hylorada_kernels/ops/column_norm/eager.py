@@ -6,6 +6,8 @@ from torch import Tensor
 # below this share of ||W||^2 the expansion may have lost a digit to cancellation; above it n^2 is at least a 17th of
 # the sum of its terms' sizes, whatever B A is. In practice no row ever is
 CANCELLATION = 0.3
+# the same for what cancels within B A, of the square of the sum of its terms' sizes: where the rows of A are dependent
+INNER_CANCELLATION = 2.0**-8
 # elements of W held in fp32 at a time: small enough for the second-level cache
 CHUNK_ELEMENTS = 1 << 18
 
@@ -36,7 +38,8 @@ def norm_and_base(
     if not is_known:
         squares.square_()
     squared = (torch.addmm(products, b, a @ a.T, beta=2 * scale, alpha=scale**2) * b).sum(1).add_(squares)
-    cancelled = squared < CANCELLATION * squares
+    update_size = scale**2 * (b.abs() @ torch.linalg.vector_norm(a, dim=1)).square_()
+    cancelled = (squared < CANCELLATION * squares) | (squared < INNER_CANCELLATION * update_size)
     if cancelled.any():
         squared[cancelled] = (weight[cancelled].to(dtype) + scale * (b[cancelled] @ a)).square().sum(1)
     return squared.sqrt_(), squares
