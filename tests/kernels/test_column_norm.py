@@ -81,6 +81,18 @@ def test_a_row_of_zeros_has_norm_zero(backend):
         assert column_norm(weight, lora_a, lora_b, scale=0.7)[5] == 0
 
 
+def test_a_row_of_zeros_has_no_gradient(backend):
+    given = linear_inputs(1, 20, 6, 3)
+    given.weight[2] = 0
+    given.lora_b[2] = 0
+    factors = [given.lora_a.requires_grad_(), given.lora_b.requires_grad_()]
+    with using(backend):
+        norm = column_norm(given.weight, *factors, scale=given.scale)
+    da, db = torch.autograd.grad(norm.sum(), factors)
+    assert torch.isfinite(da).all() and torch.isfinite(db).all()
+    assert not db[2].any() and db[1].any()
+
+
 def test_no_rows_give_an_empty_norm(backend):
     with using(backend):
         assert column_norm(torch.zeros(0, 8), torch.zeros(2, 8), torch.zeros(0, 2), scale=1.0).shape == (0,)

@@ -68,7 +68,7 @@ def test_the_interpreted_column_norm_is_the_formula(interpreted, case):
     check_norm(case[0], "triton")
 
 
-@settings(max_examples=15, **fixed)
+@settings(max_examples=8, **fixed)
 @given(case=attention_cases(INTERPRETED))
 def test_interpreted_attention_is_the_dense_predicate(interpreted, case):
     check_attention(case, "triton")
