@@ -127,6 +127,10 @@ def merge_and_unmerge(layer, x):
     layer.lora_b.data.mul_(2)
 
 
+def permute_the_rows_of_b(layer, x):
+    layer.lora_b.data.copy_(layer.lora_b.data.flip(0))
+
+
 def edit_under_no_grad(layer, x):
     with torch.no_grad():
         layer.lora_a[0] *= 3
@@ -136,7 +140,7 @@ EVENTS = [
     looped_sgd, foreach_adamw, fused_adamw, write_through_data, write_through_numpy, write_one_element_through_numpy,
     write_through_a_flat_buffer, replace_data, vector_to_parameters, load_state_dict, load_state_dict_by_assignment,
     swap_tensors, another_scale, another_weight_through_data, prune_half_of_the_inputs, merge_and_unmerge,
-    edit_under_no_grad,
+    permute_the_rows_of_b, edit_under_no_grad,
 ]  # fmt: skip
 
 

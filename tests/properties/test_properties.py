@@ -69,7 +69,7 @@ def test_the_interpreted_column_norm_is_the_formula(interpreted, case):
 
 
 @settings(max_examples=8, **fixed)
-@given(case=attention_cases(INTERPRETED))
+@given(case=attention_cases(INTERPRETED, longest=9))
 def test_interpreted_attention_is_the_dense_predicate(interpreted, case):
     check_attention(case, "triton")
 
