@@ -276,7 +276,8 @@ def _write_extras(folder: Path, model: HyLoRADAModel, peft_data: bytes) -> None:
     in_peft = ("lora_a", "lora_b") if model.hylorada_config.use_blend else ("lora_a", "lora_b", "magnitude")
     held = {f"{name}.{kind}" for name in layers for kind in in_peft}
     extras = {name: tensor for name, tensor in adapter.tensors.items() if name not in held}
-    if extras:
+    # RoPE scaling and groups have no tensors: the config alone tells of them
+    if extras or any(getattr(model.hylorada_config, field) for field in _BEYOND_PEFT):
         record = {
             "version": EXTRAS_VERSION,
             "config": adapter.config,

@@ -111,6 +111,21 @@ def test_hylorada_to_peft_and_back_is_the_same_to_the_last_bit(make_base, make_m
     assert torch.equal(logits(loaded, token_ids), logits(model, token_ids))
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_scaling_type": "linear", "rope_scaling_factor": 2.0},
+        {"s2_attn_enabled": True, "s2_group_size": 4, "s2_eval": True},
+    ],
+)
+def test_parts_without_tensors_come_back_from_an_export(make_base, make_model, token_ids, tmp_path, fields):
+    model = make_model("llama", use_dora_magnitude=False, position_bias_enabled=False, **fields)
+    export_adapter(model, tmp_path)
+    loaded = import_adapter(make_base("llama"), tmp_path)
+    assert loaded.hylorada_config == model.hylorada_config
+    assert torch.equal(logits(loaded, token_ids), logits(model, token_ids))
+
+
 def test_without_the_extras_the_function_comes_back_folded(make_base, make_model, token_ids, tmp_path):
     model = make_model(position_bias_enabled=False)
     export_adapter(model, tmp_path)

@@ -40,6 +40,8 @@ FOUND = """
 
 - The eager column norm lost digits where the terms of B A cancel (dependent rows of A): now made anew for such rows;
   `test_norm_survives_cancellation_within_the_update`.
+- RoPE scaling of a plain LoRA was lost on the way through a PEFT export, as no tensor stood for it;
+  `test_parts_without_tensors_come_back_from_an_export`.
 """
 
 # name: (the cases, the check of one, how many, kind)
