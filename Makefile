@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install lint test test-all test-kernels test-gpu demo bench bench-gpu aot-report fuzz mutants audit clean FORCE
+.PHONY: install lint test test-all test-oldest-peft test-kernels test-gpu demo bench bench-gpu aot-report fuzz mutants audit clean FORCE
 
 install: $(INSTALLED)
 
@@ -26,6 +26,11 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "slow or not slow"
+
+# the other end of the range in pyproject.toml; the newest is what `make test` has installed
+test-oldest-peft: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/oldest-peft peft==0.18.1
+	PYTHONPATH=$(VENV)/oldest-peft $(BIN)/python -m pytest $(PYTEST_ARGS) tests/hylorada/test_peft_*.py
 
 test-kernels: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/kernels
