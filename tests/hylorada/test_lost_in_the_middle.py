@@ -30,10 +30,10 @@ def test_only_values_that_were_listed_are_learned():
 
 def test_questions_are_tokenized_like_the_lists():
     tokenizer = make_tokenizer()
-    pairs = [("k3", "v7"), ("k5", "v1")]
+    pairs = [("k03", "v07"), ("k05", "v01")]
     prompt = tokenizer(TASK.prompt(pairs, 0), add_special_tokens=False)["input_ids"]
-    assert tokenizer.convert_ids_to_tokens(prompt) == ["k3", "v7", "k5", "v1", "k3"]
-    assert tokenizer.decode(tokenizer.convert_tokens_to_ids(["v1", "v2"])) == "v1 v2"
+    assert tokenizer.convert_ids_to_tokens(prompt) == ["k03", "v07", "k05", "v01", "k03"]
+    assert tokenizer.decode(tokenizer.convert_tokens_to_ids(["v01", "v02"])) == "v01 v02"
 
 
 def results(directory, name):
@@ -79,4 +79,6 @@ def test_trained_control_beats_chance_at_every_depth_and_untrained_does_not(tmp_
     chance = found["trained"]["chance"]
     for quantity in ("candidate_accuracy", "best_subspan_em"):
         assert all(low > 10 * chance for low, _ in found["trained"][quantity]["interval"])
-        assert all(low <= chance for low, _ in found["untrained"][quantity]["interval"])
+    assert all(low <= chance for low, _ in found["untrained"]["candidate_accuracy"]["interval"])
+    # five words, each at best one of the 64 values
+    assert all(low <= 5 / 64 for low, _ in found["untrained"]["best_subspan_em"]["interval"])
