@@ -295,7 +295,8 @@ def test_dropout_of_the_attention_is_applied_while_training(make_base, make_s2, 
     first = model(text).logits
     torch.manual_seed(7)
     assert torch.equal(model(text).logits, first)
-    assert torch.equal(model.eval()(text).logits, make_base("gpt2", torch.float64)(text).logits)
+    # a bias is added by other operations than the base model's
+    torch.testing.assert_close(model.eval()(text).logits, make_base("gpt2", torch.float64)(text).logits, **EXACT)
 
 
 @pytest.mark.parametrize("window", [3, 6, 64])
