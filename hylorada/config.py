@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -249,7 +249,7 @@ class HyLoRADAConfig:
         path = _known_suffix(path)
         text = path.read_text(encoding="utf-8")
         try:
-            values = json.loads(text) if path.suffix == ".json" else _parse_yaml(text)
+            values = json.loads(text) if path.suffix == ".json" else parse_yaml(text)
         except ValueError as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
         if not isinstance(values, dict):
@@ -267,13 +267,17 @@ class HyLoRADAConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "HyLoRADAConfig":
         """The inverse of to_dict; fields that are absent take their defaults, unknown ones are an error."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in values:
-            if name not in known:
-                close = difflib.get_close_matches(str(name), known, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"the fields are {', '.join(known)}"
-                raise ValueError(f"HyLoRADAConfig has no field {name!r}; {hint}")
+        check_names("HyLoRADAConfig", values, [field.name for field in dataclasses.fields(cls)])
         return cls(**values)
+
+
+def check_names(owner: str, given: Iterable[Any], known: Sequence[str]) -> None:
+    """ValueError with the closest known name where a given one is not known."""
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"the fields are {', '.join(known)}"
+            raise ValueError(f"{owner} has no field {name!r}; {hint}")
 
 
 def _known_suffix(path: str | os.PathLike) -> Path:
@@ -283,7 +287,8 @@ def _known_suffix(path: str | os.PathLike) -> Path:
     return path
 
 
-def _parse_yaml(text: str) -> Any:
+def parse_yaml(text: str) -> Any:
+    """What a YAML text says, numbers such as 2e-4 included; ValueError where it is none."""
     import yaml
 
     class Loader(yaml.SafeLoader):

@@ -25,6 +25,9 @@ FLOORS = [
     ["model"],
     ["baselines", "export", "trainer", "integrations.peft_files", "integrations.peft_tuner", "integrations.trl"],
     ["comparison", "integrations.peft", "plan"],
+    ["run_file"],
+    ["cli"],
+    ["__main__"],
 ]
 
 
@@ -145,6 +148,10 @@ def test_libraries_do_not_print():
     assert not printing
 
 
+def test_only_the_command_line_writes_to_a_terminal():
+    assert offenders([*LIBRARY, *KERNELS], "typer", "rich", "click") == ["hylorada.cli"]
+
+
 def printing_lines(node: ast.AST) -> list[int]:
     """Lines that call print, outside of the one function whose purpose it is."""
     if isinstance(node, ast.FunctionDef) and node.name == "print_trainable_params":
@@ -202,6 +209,20 @@ assert "triton" not in sys.modules
 
 def test_kernels_load_without_transformers():
     in_new_process("import sys, hylorada_kernels; assert not {'transformers', 'accelerate', 'peft'} & set(sys.modules)")
+
+
+def test_the_command_line_says_what_it_can_without_torch():
+    in_new_process(
+        """
+import sys
+from typer.testing import CliRunner
+from hylorada.cli import app
+
+for arguments in (["--help"], ["train", "--help"]):
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+assert not {"torch", "transformers"} & set(sys.modules)
+"""
+    )
 
 
 def test_config_loads_without_torch():

@@ -49,6 +49,25 @@ def make_model():
 
 
 @pytest.fixture
+def saved_model(make_base, tokenizer, tmp_path):
+    """A folder with a tiny model and its tokenizer."""
+    directory = tmp_path / "model"
+    make_base().save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """Ten documents whose lengths differ and whose words repeat: there is something to learn."""
+    directory = tmp_path / "texts"
+    directory.mkdir()
+    for i in range(10):
+        (directory / f"{i}.txt").write_text("and the word was good; " * (5 + i) + chr(ord("a") + i))
+    return directory
+
+
+@pytest.fixture
 def token_ids():
     """(2, 12) token ids without special tokens."""
     return torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(1))

@@ -22,24 +22,6 @@ METHODS = ["baseline", "lora", "rslora", "dora", "lorada", "hylorada"]
 
 
 @pytest.fixture
-def saved_model(make_base, tokenizer, tmp_path):
-    directory = tmp_path / "model"
-    make_base().save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture
-def texts(tmp_path):
-    """Ten documents whose lengths differ and whose words repeat: there is something to learn."""
-    directory = tmp_path / "texts"
-    directory.mkdir()
-    for i in range(10):
-        (directory / f"{i}.txt").write_text("and the word was good; " * (5 + i) + chr(ord("a") + i))
-    return directory
-
-
-@pytest.fixture
 def run(saved_model, texts, tmp_path, monkeypatch):
     """run(*arguments) -> (exit code, rows of results.json); every method in this process: starting one is slow."""
     monkeypatch.setattr(run_benchmark, "_run", run_arm)
