@@ -171,7 +171,7 @@ class HyLoRADAModel(nn.Module):
             trained weights their other names in the model, such as the output head's.
         """
         config, counts = self.hylorada_config, self.count_params()
-        norms = norm_parameters(self.base_model)
+        norms = norm_parameters(self.base_model) if config.train_norms else {}
         own = self.adapter_parameters()
         counts["norms"] = sum(parameter.numel() for name, parameter in own.items() if name in norms)
         counts["embeddings"] = counts["base"] - counts["norms"]

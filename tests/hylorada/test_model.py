@@ -519,3 +519,8 @@ def test_two_models_of_one_config_are_independent(make_base, token_ids):
         for parameter in first.adapter_parameters().values():
             parameter.add_(0.1)
     torch.testing.assert_close(second(token_ids).logits, make_base("llama")(token_ids).logits)
+
+
+def test_the_status_of_a_bf16_model_does_not_warn_of_norms_that_are_not_trained(make_model, caplog):
+    model = make_model("llama", torch.bfloat16)
+    assert model.get_component_status()["norms"]["parameters"] == 0 and not caplog.records
