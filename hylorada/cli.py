@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,8 +47,9 @@ class _Commands(TyperGroup):
 app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
-def main() -> None:
-    app(prog_name="hylorada")
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command, and end the process with its exit status. arguments: default: the process's own."""
+    app(None if arguments is None else list(arguments), prog_name="hylorada")
 
 
 @app.callback()
@@ -346,6 +348,40 @@ def convert(adapter: _Adapter, output: _Output, base: _Base = None) -> None:
     else:
         _say_missing(export_adapter(model, output))
     typer.echo(f"{'HyLoRADA' if is_peft else 'PEFT'} adapter: {output}")
+
+
+# the flags are the comparison's own
+_PASSED_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+
+@app.command(context_settings=_PASSED_ON, add_help_option=False)
+def benchmark(ctx: typer.Context) -> None:
+    """Compare fine-tuning methods; --help lists the flags."""
+    from .benchmark import run
+
+    with _progress_told():
+        typer.echo("\n" + run(ctx.args))
+
+
+@app.command(context_settings=_PASSED_ON, add_help_option=False)
+def ablate(ctx: typer.Context) -> None:
+    """Take HyLoRADA apart, part by part; --help lists the flags."""
+    from .ablation import run
+
+    with _progress_told():
+        typer.echo("\n" + run(ctx.args))
+
+
+@contextmanager
+def _progress_told() -> Iterator[None]:
+    """Show what the library logs of its progress."""
+    library = logging.getLogger(__package__)
+    before = library.level
+    library.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        library.setLevel(before)
 
 
 @app.command()

@@ -25,7 +25,8 @@ FLOORS = [
     ["model"],
     ["baselines", "export", "trainer", "integrations.peft_files", "integrations.peft_tuner", "integrations.trl"],
     ["comparison", "integrations.peft", "plan"],
-    ["run_file"],
+    ["benchmark", "run_file"],
+    ["ablation"],
     ["cli"],
     ["__main__"],
 ]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from benchmarks import run_ablation, run_benchmark
+from hylorada import ablation, benchmark, cli
 from hylorada.comparison import run_arm, run_in_own_process
 from hylorada.config import HyLoRADAConfig
 from hylorada.data import Document
@@ -21,16 +21,23 @@ from hylorada.report import comparison_table, difference_table
 METHODS = ["baseline", "lora", "rslora", "dora", "lorada", "hylorada"]
 
 
+def main(command, *arguments):
+    """-> the exit status of the command line."""
+    with pytest.raises(SystemExit) as ending:
+        cli.main([command, *map(str, arguments)])
+    return ending.value.code
+
+
 @pytest.fixture
 def run(saved_model, texts, tmp_path, monkeypatch):
     """run(*arguments) -> (exit code, rows of results.json); every method in this process: starting one is slow."""
-    monkeypatch.setattr(run_benchmark, "_run", run_arm)
+    monkeypatch.setattr(benchmark, "_run", run_arm)
 
-    def run(*arguments, main=run_benchmark.main):
+    def run(*arguments, command="benchmark"):
         known = set((tmp_path / "results").glob("*"))
         shared = ["--model", saved_model, "--dataset", texts, "--output_dir", tmp_path / "results"]
         small = ["--max_length", 32, "--steps", 6, "--batch_size", 2, "--lr", 1e-2, "--num_test", 8]
-        code = main([str(argument) for argument in (*shared, *small, *arguments)])
+        code = main(command, *shared, *small, *arguments)
         new = set((tmp_path / "results").glob("*")) - known
         return code, json.loads((new.pop() / "results.json").read_text())["rows"] if new else []
 
@@ -120,13 +127,13 @@ def test_rates_are_searched_for_without_the_test_documents(run, tmp_path, monkey
         held_out.append({row["document"] for row in comparison.test_rows})
         return run_arm(comparison, *rest)
 
-    monkeypatch.setattr(run_benchmark, "_run", watching)
-    monkeypatch.setattr(run_benchmark, "_learning_rates", lambda _, arms: dict.fromkeys(arms, 5e-5))
+    monkeypatch.setattr(benchmark, "_run", watching)
+    monkeypatch.setattr(benchmark, "_learning_rates", lambda _, arms: dict.fromkeys(arms, 5e-5))
     options = ["--methods", "baseline", "lora", "dora", "--lr_grid", "1e-4", "2e-2", "--seeds", "0", "1"]
-    assert run_benchmark.parse(run_benchmark._parser(), options).lr_grid == ["1e-4", "2e-2"]
+    assert benchmark.parse(benchmark._parser(), options).lr_grid == ["1e-4", "2e-2"]
     shared = ["--model", tmp_path / "model", "--dataset", tmp_path / "texts", "--output_dir", tmp_path / "results"]
     small = ["--max_length", 32, "--steps", 6, "--batch_size", 2, "--num_test", 8]
-    assert run_benchmark.main([str(argument) for argument in (*shared, *small, *options)]) == 0
+    assert main("benchmark", *shared, *small, *options) == 0
 
     # two rates of two methods, then the baseline and two methods with two seeds
     search, final = held_out[:4], held_out[4:]
@@ -163,7 +170,7 @@ def test_groups_of_one_method_leave_the_others_alone(run):
 
 
 def test_the_parts_are_ablated_one_by_one(run, tmp_path):
-    code, rows = run("--steps", 2, "--num_test", 3, main=run_ablation.main)
+    code, rows = run("--steps", 2, "--num_test", 3, command="ablate")
     assert code == 0
     configs = {row["method"]: row["config"] for row in rows if row["config"]}
     linears = configs["linears"]
@@ -190,19 +197,19 @@ def test_the_parts_are_ablated_one_by_one(run, tmp_path):
 def test_full_and_shifted_attention_are_ablated(run):
     arguments = ("--ablation", "attention", "--arms", "lora", "lora-s2", "all-s2", "--s2_group_size", 8)
     rope = ("--original_length", 16, "--rope_scaling_type", "linear", "--rope_scaling_factor", 2)
-    code, (lora, grouped, everything) = run(*arguments, *rope, main=run_ablation.main)
+    code, (lora, grouped, everything) = run(*arguments, *rope, command="ablate")
     assert code == 0
     assert lora["perplexity_before"] == pytest.approx(grouped["perplexity_before"], rel=1e-5)
     assert abs(lora["steps"]["loss"][0] - grouped["steps"]["loss"][0]) > 1e-3
     assert everything["config"]["s2_group_size"] == 8 and everything["config"]["landmark_enabled"]
     assert lora["settings"]["original_length"] == 16
     # a declared length alone leaves the angles; the scaled ones make another model
-    _, (unscaled,) = run("--ablation", "attention", "--arms", "lora", main=run_ablation.main)
+    _, (unscaled,) = run("--ablation", "attention", "--arms", "lora", command="ablate")
     assert lora["perplexity_before"] != pytest.approx(unscaled["perplexity_before"], rel=1e-5)
 
 
 def test_the_authors_protocol_learns_padding_and_averages_lines(run):
-    code, rows = run("--protocol", "author", "--num_test", 2, "--steps", 3, main=run_ablation.main)
+    code, rows = run("--protocol", "author", "--num_test", 2, "--steps", 3, command="ablate")
     assert code == 0 and [row["method"] for row in rows] == ["baseline", "lora", "position", "landmarks"]
     for row in rows:
         assert row["perplexity_after"] == pytest.approx(sum(map(math.exp, row["losses_after"])) / 2)
@@ -216,35 +223,34 @@ def test_the_authors_protocol_learns_padding_and_averages_lines(run):
 
 
 def test_the_authors_protocol_names_what_cannot_be_had(monkeypatch, capsys):
-    monkeypatch.setattr(run_benchmark, "load_documents", lambda _: [Document("a", "one\ntwo"), Document("b", "three")])
-    options = run_ablation.parse(run_ablation._parser(), ["--protocol", "author", "--epochs", "2"])
+    monkeypatch.setattr(benchmark, "load_documents", lambda _: [Document("a", "one\ntwo"), Document("b", "three")])
+    options = ablation.parse(ablation._parser(), ["--protocol", "author", "--epochs", "2"])
     assert (options.model, options.dataset, options.num_test) == ("openai-community/gpt2", "wikitext", 500)
     assert (options.batch_size, options.grad_accum, options.epochs) == (4, 16, 2)
-    assert run_ablation.main(["--protocol", "author"]) == 2
+    assert main("ablate", "--protocol", "author") == 2
     assert "model 'openai-community/gpt2' cannot be had" in capsys.readouterr().err
 
 
 def test_an_unknown_arm_is_named(run, capsys):
-    assert run("--arms", "linears", "kernels", main=run_ablation.main) == (2, [])
+    assert run("--arms", "linears", "kernels", command="ablate") == (2, [])
     assert "--ablation parts has no kernels: use baseline, lora, rslora," in capsys.readouterr().err
 
 
 def test_rates_are_given_or_searched_for(capsys):
-    with pytest.raises(SystemExit):
-        run_benchmark.main(["--lr", "1e-3", "--lr_grid", "1e-3", "2e-3"])
+    assert main("benchmark", "--lr", "1e-3", "--lr_grid", "1e-3", "2e-3") == 2
     assert "--lr and --lr_grid exclude each other" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_a_process_of_its_own_measures_the_same(run, monkeypatch):
     _, here = run("--methods", "lora")
-    monkeypatch.setattr(run_benchmark, "_run", run_in_own_process)
+    monkeypatch.setattr(benchmark, "_run", run_in_own_process)
     _, apart = run("--methods", "lora")
     assert apart[0]["losses_after"] == pytest.approx(here[0]["losses_after"], rel=1e-5)
 
 
 def test_the_ablation_starts_from_anywhere(tmp_path):
-    path = Path(run_ablation.__file__)
+    path = Path(__file__).parents[2] / "benchmarks/run_ablation.py"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, path, "--help"]
     outcome = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -253,7 +259,7 @@ def test_the_ablation_starts_from_anywhere(tmp_path):
 
 def test_runs_of_one_second_have_folders_of_their_own(tmp_path):
     now = datetime(2026, 1, 2, 3, 4, 5)
-    made = [run_benchmark._make_directory(tmp_path / "results", now) for _ in range(3)]
+    made = [benchmark._make_directory(tmp_path / "results", now) for _ in range(3)]
     assert [path.name for path in made] == ["2026-01-02T03-04-05", "2026-01-02T03-04-05-2", "2026-01-02T03-04-05-3"]
     assert all(path.is_dir() for path in made)
 
@@ -284,9 +290,9 @@ def test_settings_are_chosen_without_the_test_documents(saved_model, texts, toke
     arguments = ["--dataset", str(texts), "--max_length", "32"]
     seen = []
     for more in ([], ["--validation"]):
-        options = run_benchmark.parse(run_benchmark._parser(), [*arguments, *more])
-        documents = run_benchmark.load_documents(options.dataset)
-        comparison, _ = run_benchmark._prepare(options, documents, tokenizer, {})
+        options = benchmark.parse(benchmark._parser(), [*arguments, *more])
+        documents = benchmark.load_documents(options.dataset)
+        comparison, _ = benchmark._prepare(options, documents, tokenizer, {})
         train = {block["document"] for block in comparison.train_rows}
         held_out = {block["document"] for block in comparison.test_rows}
         assert not train & held_out
@@ -303,17 +309,16 @@ def test_a_run_repeats(run, tmp_path):
     assert first[0]["perplexity_after"] == second[0]["perplexity_after"]
 
 
-def test_results_survive_a_later_failure(run, tmp_path, monkeypatch):
+def test_results_survive_a_later_failure(run, capsys, monkeypatch):
     def failing(comparison, arm, *rest):
         if arm.name == "dora":
             raise RuntimeError("out of memory")
         return run_arm(comparison, arm, *rest)
 
-    monkeypatch.setattr(run_benchmark, "_run", failing)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        run("--methods", "lora", "dora")
-    results = next((tmp_path / "results").glob("*/results.json"))
-    assert [row["method"] for row in json.loads(results.read_text())["rows"]] == ["lora"]
+    monkeypatch.setattr(benchmark, "_run", failing)
+    code, rows = run("--methods", "lora", "dora")
+    assert code == 2 and [row["method"] for row in rows] == ["lora"]
+    assert "error: out of memory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -380,18 +385,18 @@ def test_bad_flags_are_named_before_anything_is_loaded(run, monkeypatch, capsys,
     def loading(*_):
         raise AssertionError("loaded")
 
-    monkeypatch.setattr(run_benchmark, "load_documents", loading)
-    monkeypatch.setattr(run_benchmark, "load_pretrained", loading)
+    monkeypatch.setattr(benchmark, "load_documents", loading)
+    monkeypatch.setattr(benchmark, "load_pretrained", loading)
     assert run(*arguments) == (2, [])
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", SEED_COMMANDS)
 def test_every_flag_of_the_documented_commands_is_known(command):
-    options = run_benchmark._parser().parse_args(command.split())
+    options = benchmark._parser().parse_args(command.split())
     assert options.epochs in (1, 3) and options.methods
 
 
 def test_the_documented_ablation_is_known():
-    options = run_ablation.parse(run_ablation._parser(), SEED_ABLATION.split())
+    options = ablation.parse(ablation._parser(), SEED_ABLATION.split())
     assert (options.num_train, options.epochs, options.seeds) == (500, 1, [0])

@@ -1,0 +1,334 @@
+"""The comparison of fine-tuning methods on one model and one text: its flags, its runs and its report."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import logging
+import math
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from .baselines import METHODS
+from .comparison import DTYPES, Arm, Comparison, check_groups, declare_length, run_in_own_process
+from .data import Document, load_documents, pad_token_id, split_documents, token_blocks
+from .model import HyLoRADAModel
+from .pretrained import SMOLLM2, load_pretrained
+from .provenance import provenance
+from .report import comparison_table, difference_table, write_report
+from .sparse import find_mlp_outputs
+from .trainer import TrainingConfig
+
+logger = logging.getLogger(__name__)
+
+TRAINING_FLAGS = {
+    "num_epochs": "--epochs",
+    "max_steps": "--steps",
+    "per_device_batch_size": "--batch_size",
+    "gradient_accumulation_steps": "--grad_accum",
+    "learning_rate": "--lr",
+    "lr_scheduler": "--lr_scheduler",
+    "warmup_ratio": "--warmup_ratio",
+    "seed": "--seed",
+}
+# the first documents' own way to measure: GPT-2 on lines of WikiText-2, each padded to max_length, the padding learned,
+# and perplexity as the mean of every line's own
+AUTHOR = {
+    "model": "openai-community/gpt2",
+    "dataset": "wikitext",
+    "max_length": 512,
+    "num_train": 500,
+    "num_test": 500,
+    "epochs": 1,
+    "batch_size": 4,
+    "grad_accum": 16,
+}
+
+
+def run(arguments: Sequence[str] | None = None) -> str:
+    """Compare methods as flags say. -> the tables and the report's files, to show; see `add_flags` for the flags."""
+    options = parse(_parser(), arguments)
+    return compare(options, [Arm(name, name) for name in options.methods])
+
+
+def compare(options: argparse.Namespace, arms: list[Arm], reference: str | None = None) -> str:
+    """Run every arm with every seed, and write the report after each. -> the tables and the report's files, to show.
+
+    reference: the arm that the others are compared with; default: the first that is trained
+    """
+    shared = shared_fields(options, arms)
+    # a name or a value that no arm takes shows before anything is downloaded
+    for arm in arms:
+        check_groups(arm, shared, options.max_length)
+    trained = [arm.name for arm in arms if arm.is_trained]
+    rates = _learning_rates(options.lr, trained)
+    grid = [_rate(text, "--lr_grid") for text in options.lr_grid or []]
+    for rate in (*rates.values(), *grid, TrainingConfig.learning_rate):
+        for seed in options.seeds:
+            _training_config(options, rate, seed)
+    documents = load_documents(options.dataset)
+    model, tokenizer = load_pretrained(options.model, DTYPES[options.dtype])
+    # likewise what the model rules out, or an option that all arms share, before anything is measured
+    declare_length(model, options.original_length)
+    if any(arm.method == "sparse" for arm in arms):
+        find_mlp_outputs(model)
+    for config in [config for arm in arms if (config := arm.config(shared)) is not None][-1:]:
+        HyLoRADAModel(model, config)
+    del model
+
+    comparison, data = _prepare(options, documents, tokenizer, shared)
+    search = _prepare(options, documents, tokenizer, shared, validation=True)[0] if grid else None
+    facts = {**provenance(), "model": options.model, "data": data, "settings": _settings(options, shared)}
+    directory = _make_directory(Path(options.output_dir), datetime.now())
+    searches = _search_rates(search, arms, grid, options.seeds[0], directory / "search.json") if search else {}
+    rates |= {name: min(losses, key=losses.__getitem__) for name, losses in searches.items()}
+
+    for arm in arms:
+        for name, value in arm.decided(shared).items():
+            logger.info("%s decides %s=%r itself; the flag is for the others", arm.name, name, value)
+    rows: list[dict[str, Any]] = []
+    before: dict[str, list[float]] = {}
+    # an arm that is not trained is the same for all seeds
+    runs = [(seed, arm) for seed in options.seeds for arm in arms if arm.is_trained or seed == options.seeds[0]]
+    for number, (seed, arm) in enumerate(runs, start=1):
+        logger.info("[%d/%d] %s, seed %d", number, len(runs), arm.name, seed)
+        measured = _run(comparison, arm, rates.get(arm.name), seed, before.get(arm.name))
+        before[arm.name] = measured["losses_before"]
+        rows.append({"method": arm.name, "meaning": arm.meaning, "seed": seed, **measured, **facts})
+        # after every run, so that a later failure leaves what was measured
+        paths = write_report(rows, directory, searches, reference)
+    tables = [comparison_table(rows), difference_table(rows, reference)]
+    return "\n\n".join([*(table for table in tables if table), "\n".join(str(path) for path in paths)])
+
+
+# a name of this module's own, so that a test can put something faster in its place
+_run = run_in_own_process
+
+
+def _search_rates(
+    comparison: Comparison, arms: list[Arm], grid: list[float], seed: int, path: Path
+) -> dict[str, dict[float, float]]:
+    """Return each trained arm's validation perplexity by learning rate."""
+    found: dict[str, dict[float, float]] = {}
+    trained = [arm for arm in arms if arm.is_trained]
+    for number, (arm, rate) in enumerate(itertools.product(trained, grid), start=1):
+        logger.info("[search %d/%d] %s, learning rate %g", number, len(trained) * len(grid), arm.name, rate)
+        # what the model is before training is not asked here
+        measured = _run(comparison, arm, rate, seed, [math.nan] * len(comparison.test_rows))
+        found.setdefault(arm.name, {})[rate] = measured["perplexity_after"]
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return found
+
+
+def _make_directory(parent: Path, now: datetime) -> Path:
+    """Make a folder named after the time; runs that start in one second are numbered from the second on."""
+    name = now.strftime("%Y-%m-%dT%H-%M-%S")
+    for number in itertools.count(1):
+        directory = parent / (name if number == 1 else f"{name}-{number}")
+        try:
+            directory.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return directory
+    raise AssertionError
+
+
+def _prepare(
+    options: argparse.Namespace,
+    documents: list[Document],
+    tokenizer: Any,
+    shared: dict[str, Any],
+    validation: bool = False,
+) -> tuple[Comparison, dict[str, Any]]:
+    validation = validation or options.validation
+    train_documents, test_documents = split_documents(documents)
+    if validation:
+        train_documents, test_documents = split_documents(train_documents, seed=1)
+    is_author = options.protocol == "author"
+    make_rows = _line_rows if is_author else token_blocks
+    comparison = Comparison(
+        model=options.model,
+        dtype=options.dtype,
+        original_length=options.original_length,
+        shared=shared,
+        training=_training_config(options, TrainingConfig.learning_rate, options.seeds[0]),
+        train_rows=make_rows(train_documents, tokenizer, options.max_length, options.num_train),
+        test_rows=make_rows(test_documents, tokenizer, options.max_length, options.num_test),
+        by_row=is_author,
+    )
+    if is_author:
+        padding = pad_token_id(tokenizer)
+        for row in comparison.train_rows:
+            row["input_ids"].extend([padding] * (options.max_length - len(row["input_ids"])))  # type: ignore[index]
+    data = {
+        "name": options.dataset,
+        "held out": "validation" if validation else "test",
+        "rows": "lines, in training padded with learned padding" if is_author else "blocks of a document",
+        "max_length": options.max_length,
+        "train documents": len(train_documents),
+        "train rows": len(comparison.train_rows),
+        "held-out documents": len(test_documents),
+        "held-out rows": len(comparison.test_rows),
+        "held-out tokens": sum(comparison.test_tokens),
+    }
+    return comparison, data
+
+
+def _line_rows(
+    documents: Sequence[Document], tokenizer: Any, max_length: int, limit: int | None
+) -> list[dict[str, Any]]:
+    """Return the first lines with at least two tokens, each cut to max_length."""
+    lines = (line.strip() for document in documents for line in document.text.split("\n"))
+    encoded = (tokenizer(line, verbose=False)["input_ids"][:max_length] for line in lines if line)
+    rows = [{"input_ids": ids} for ids in itertools.islice((ids for ids in encoded if len(ids) > 1), limit)]
+    if not rows:
+        raise ValueError("the documents hold no line of at least 2 tokens")
+    return rows
+
+
+def _settings(options: argparse.Namespace, shared: dict[str, Any]) -> dict[str, Any]:
+    training = vars(_training_config(options, TrainingConfig.learning_rate, options.seeds[0])).copy()
+    # each row has its own
+    del training["learning_rate"], training["seed"]
+    chosen = {"protocol": options.protocol, "dtype": options.dtype, "original_length": options.original_length}
+    return chosen | shared | training
+
+
+def _learning_rates(given: Sequence[str], arms: Sequence[str]) -> dict[str, float]:
+    """Return each arm's learning rate, out of one rate for all or of one "arm=rate" for each."""
+    if len(given) == 1 and "=" not in given[0]:
+        return dict.fromkeys(arms, _rate(given[0]))
+    pairs = dict(text.partition("=")[::2] for text in given)
+    if set(pairs) != set(arms):
+        raise ValueError(f"--lr takes one rate, or method=rate for each of {', '.join(arms)}; got {' '.join(given)}")
+    return {arm: _rate(rate) for arm, rate in pairs.items()}
+
+
+def _rate(text: str, flag: str = "--lr") -> float:
+    try:
+        return float(text)
+    except ValueError:
+        example = "such as 2e-4 or lora=2e-4" if flag == "--lr" else "such as 1e-3 2e-3"
+        raise ValueError(f"{flag} takes numbers, {example}; got {text!r}") from None
+
+
+def _training_config(options: argparse.Namespace, learning_rate: float, seed: int) -> TrainingConfig:
+    given = {flag[2:]: getattr(options, flag[2:]) for flag in TRAINING_FLAGS.values() if flag not in ("--lr", "--seed")}
+    fields = {field: given[flag[2:]] for field, flag in TRAINING_FLAGS.items() if flag[2:] in given}
+    try:
+        # the weights' own precision rules: dtype
+        return TrainingConfig(**fields, learning_rate=learning_rate, seed=seed, mixed_precision="fp32")
+    except (ValueError, TypeError) as error:
+        flag = TRAINING_FLAGS[str(error).split()[0]]
+        raise ValueError(f"{flag}: {error}") from error
+
+
+def shared_fields(options: argparse.Namespace, arms: Sequence[Arm]) -> dict[str, Any]:
+    """Return the fields of HyLoRADAConfig that all arms share, as far as their methods leave them open."""
+    shared: dict[str, Any] = {
+        "lora_rank": options.lora_rank,
+        "lora_alpha": options.lora_alpha,
+        "lora_dropout": options.lora_dropout,
+        "s2_attn_enabled": options.s2_attn,
+        "train_embeddings": options.train_embeddings,
+        "train_norms": options.train_norms,
+        "rope_scaling_type": options.rope_scaling_type,
+        "gradient_checkpointing": options.gradient_checkpointing,
+    }
+    if options.rope_scaling_type is not None:
+        shared["rope_scaling_factor"] = options.rope_scaling_factor
+    for flag, default in (("--rope_scaling_factor", 1.0), ("--original_length", None)):
+        value = getattr(options, flag[2:])
+        if options.rope_scaling_type is None and value != default:
+            raise ValueError(f"{flag} {value} needs --rope_scaling_type, which scales the positions")
+    for name, flag, what in (
+        ("s2_sink_tokens", "--sink_tokens", "whose groups see those tokens"),
+        ("s2_group_size", "--s2_group_size", "which makes the groups"),
+    ):
+        value = getattr(options, flag[2:])
+        if value is not None:
+            if not any(_has_groups(arm, shared) for arm in arms):
+                raise ValueError(f"{flag} {value} needs --s2_attn, {what}, or a method that has it, such as longlora")
+            shared[name] = value
+    if options.target_modules:
+        shared["lora_target_modules"] = tuple(options.target_modules)
+    return shared
+
+
+def _has_groups(arm: Arm, shared: dict[str, Any]) -> bool:
+    config = arm.config(shared)
+    return config is not None and config.s2_attn_enabled
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse flags; those of a protocol take its values by default."""
+    if parser.parse_known_args(arguments)[0].protocol == "author":
+        parser.set_defaults(**AUTHOR)
+    options = parser.parse_args(arguments)
+    options.seeds = list(dict.fromkeys(options.seeds or [options.seed]))
+    if options.lr_grid and options.lr != parser.get_default("lr"):
+        parser.error("--lr and --lr_grid exclude each other: rates are given, or searched for")
+    return options
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that every comparison has."""
+    add = parser.add_argument
+    add("--model", default=SMOLLM2, help=f'"{SMOLLM2}" (default), a directory with a saved model, or the id of a hub')
+    add("--dtype", choices=DTYPES, default="fp32", help="of the base model's weights; adapters are always fp32")
+    add("--dataset", default="kjv", help='"kjv" (default), another name that load_documents knows, or a path')
+    add("--max_length", type=int, default=512, help="tokens of a block, in training and in evaluation")
+    add("--num_train", type=int, help="training blocks, evenly spread; default: all")
+    add("--num_test", type=int, default=64, help="held-out blocks, evenly spread")
+    add("--validation", action="store_true", help="hold out training documents instead: to choose settings")
+    add("--epochs", type=int, default=1)
+    add("--steps", type=int, help="optimizer steps, in place of --epochs")
+    add("--batch_size", type=int, default=1)
+    add("--grad_accum", type=int, default=1, help="batches of one optimizer step")
+    add("--lr", nargs="+", default=["2e-4"], help="of every method, or by method: --lr lora=4e-3 hylorada=1e-3")
+    add("--lr_grid", nargs="+", help="search every method's rate among these, on validation documents, first seed")
+    add("--lr_scheduler", default="linear", help="a name of transformers' schedules")
+    add("--warmup_ratio", type=float, default=0.1)
+    seeds = parser.add_mutually_exclusive_group()
+    seeds.add_argument("--seed", type=int, default=0, help="of initial values, dropout and the order of the data")
+    seeds.add_argument("--seeds", type=int, nargs="+", help="several: every method runs with each")
+    add("--lora_rank", type=int, default=8)
+    add("--lora_alpha", type=float, default=16.0)
+    add("--lora_dropout", type=float, default=0.05)
+    add("--target_modules", nargs="+", help="names of the layers to adapt; default: HyLoRADAConfig's")
+    add("--gradient_checkpointing", action="store_true", help="recompute activations in the backward pass")
+    add("--s2_attn", action="store_true", help="train with shifted sparse attention; evaluation has full attention")
+    add("--s2_group_size", type=_group_size, help='tokens of a group of --s2_attn, or "auto"; default: 2048')
+    add("--sink_tokens", type=int, help="tokens that every group of --s2_attn sees; default: none")
+    add("--train_embeddings", nargs="?", const=True, default=False, choices=("positions", "tokens", "all"))
+    add("--train_norms", action="store_true")
+    add("--rope_scaling_type", choices=("linear", "dynamic", "yarn", "auto"), help='"auto" extends position tables too')
+    add("--rope_scaling_factor", type=float, default=1.0, help="target length / original length")
+    add("--original_length", type=int, help="declare that the model was trained for so many positions")
+    add(
+        "--protocol",
+        choices=("tokens", "author"),
+        default="tokens",
+        help='"author": as the first documents measured, GPT-2 on lines of WikiText-2; both come from a hub',
+    )
+    add("--output_dir", default="results", help="a folder named after the time is made in it")
+
+
+def _group_size(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hylorada benchmark",
+        description="Compare fine-tuning methods on one model and one text: held-out perplexity with intervals, time, "
+        "memory. Every run is in a process of its own, from the same weights, on the same layers and, by seed, on the "
+        "same batches.",
+    )
+    default = ["baseline", "lora", "dora", "hylorada"]
+    parser.add_argument("--methods", nargs="+", default=default, help=f"of {', '.join(METHODS)}")
+    add_flags(parser)
+    return parser
