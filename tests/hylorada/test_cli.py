@@ -135,6 +135,28 @@ def test_the_path_of_a_new_user(run_file, saved_model, texts, tmp_path, token_id
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["r"] == 16
 
 
+def test_a_run_may_pack_its_rows_and_hold_nothing_out(run_file, tmp_path, texts):
+    options = ["--set", "training.max_steps=null", "--set", "data.pack=true", "--set", "data.test_fraction=0"]
+    said = call("train", run_file, *options)
+    assert "held-out" not in said
+    steps = int(said.split("completed after ")[1].split()[0])
+    # a token a character; every document ends in a block of its own, which a packed row shares with others
+    lengths = [len(path.read_text()) for path in texts.iterdir()]
+    assert -(-sum(lengths) // 32) <= steps < sum(-(-length // 32) for length in lengths)
+    assert "the run holds nothing out" in failure("eval", tmp_path / "out")
+    said = call("merge", tmp_path / "out", tmp_path / "merged", "--data", texts, "--blocks", 2, "--dtype", "bf16")
+    assert "in float32" in said and "in bfloat16" in said
+    weights = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+
+
+def test_an_adapter_of_peft_is_evaluated_as_what_it_was_exported_from(run_file, texts, tmp_path):
+    call("train", run_file)
+    call("export", tmp_path / "out", tmp_path / "peft")
+    options = ["--data", texts, "--blocks", 5, "--max-length", 32]
+    assert call("eval", tmp_path / "peft", *options) == call("eval", tmp_path / "out", *options)
+
+
 def test_full_evaluation_is_json(run_file, tmp_path):
     call("train", run_file)
     found = json.loads(call("eval", tmp_path / "out", "--full", "--max-length", 640, "--samples", 1))
