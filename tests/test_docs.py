@@ -232,5 +232,5 @@ def test_the_notebook_runs_on_the_cpu(tmp_path):
     notebook = nbformat.read(ROOT / "examples/first_steps.ipynb", as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not any(cell.outputs or cell.execution_count for cell in code), "commit the notebook without outputs"
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert all(cell.execution_count for cell in code)
