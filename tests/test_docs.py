@@ -221,6 +221,9 @@ def test_the_site_builds_without_network(tmp_path):
     built = subprocess.run(command, cwd=ROOT, env=os.environ | nowhere, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     foreign = re.compile(r"<(?:script|link|img)[^>]+(?:src|href)=\"?(?:https?:)?//")
+    reference = (tmp_path / "site/reference/kernels/index.html").read_text(encoding="utf-8")
+    # the second of two arguments in one line of the docstring
+    assert 'id="hylorada_kernels.hybrid_linear(lora_b)"' in reference
     pages = list((tmp_path / "site").rglob("*.html"))
     assert len(pages) > 10 and not [page for page in pages if foreign.search(page.read_text(encoding="utf-8"))]
 
