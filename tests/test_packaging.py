@@ -100,6 +100,7 @@ print(hylorada.__file__, hylorada_kernels.__file__, hylorada.HyLoRADAModel.__mod
 """
     told = run(python, "-I", "-c", code, cwd=tmp_path).split()
     assert told == [*(str(packages / package / "__init__.py") for package in PACKAGES), "hylorada.model"]
+    assert "train" in run(tmp_path / "venv/bin/hylorada", "--help", cwd=tmp_path)
 
 
 def test_importing_takes_under_2_seconds_beyond_torch_and_transformers(tmp_path):
