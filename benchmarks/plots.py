@@ -34,12 +34,17 @@ def _bars(axes: Any, rows: list[Row], keys: list[str], ratios: list[str]) -> Non
     for number, ratio in enumerate(ratios):
         given = [(i, row[ratio]) for i, row in enumerate(rows) if ratio in row]
         places = [i + number * height for i, _ in given]
-        axes.barh(places, [value for _, value in given], height=height, label=ratio)
+        axes.barh(places, [value - 1 for _, value in given], left=1, height=height, label=ratio)
     axes.set_yticks([i + 0.4 - height / 2 for i in range(len(rows))], [_label(row, keys) for row in rows], fontsize=7)
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xlabel("ratio of times")
-    axes.set_xscale("log")
+    values = [row[ratio] for row in rows for ratio in ratios if ratio in row]
+    # small differences need an axis of plain numbers, large ones one where twice and half are as long
+    if max(values) > 2 * min(values):
+        axes.set_xscale("log")
+    else:
+        axes.ticklabel_format(axis="x", useOffset=False)
 
 
 def _lines(axes: Any, rows: list[Row], keys: list[str], over: str) -> None:
