@@ -95,7 +95,7 @@ MUTANTS = [
             "unmerge leaves the weight": ("self.weight.copy_(self._original_weight)", "pass"),
             "the bias is lost after a merge": ("return y if self.bias is None else y + self.bias", "return y"),
             "the base stays trainable": ("linear.weight.requires_grad_(False)", "linear.weight"),
-            "A starts at random": ("_init_lora_a(self.lora_a, init)", "nn.init.normal_(self.lora_a)"),
+            "A starts at random": ("init_lora_a(self.lora_a, init)", "nn.init.normal_(self.lora_a)"),
             "norm_grad is ignored": ("norm_grad=self.norm_grad,", "norm_grad=False,"),
         },
     ),

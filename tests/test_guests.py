@@ -5,6 +5,8 @@ import sys
 import threading
 from pathlib import Path
 
+import accelerate
+import pytest
 import torch
 from torch import nn
 
@@ -177,6 +179,20 @@ def test_a_layer_that_is_pickled_for_another_process_computes_the_same(tmp_path)
     with context.Pool(1) as pool:
         found = pool.apply(_call, (layer, x))
     assert torch.equal(found, expected)
+
+
+def test_an_offloaded_layer_computes_the_same():
+    model, x = nn.Sequential(nn.Linear(20, 20), trained_layer()), torch.randn(3, 20)
+    expected = model(x).detach()
+    offloaded = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert offloaded[1].weight.is_meta
+    # the weights come anew for every call
+    assert torch.equal(offloaded(x), expected) and torch.equal(offloaded(x), expected)
+
+
+def test_vmap_says_that_it_cannot_go_through_the_layer():
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.vmap(trained_layer())(torch.randn(3, 20))
 
 
 def _call(layer, x):

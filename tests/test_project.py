@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from tests.mutants import MUTANTS
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -19,3 +21,8 @@ def test_commands_of_the_readme_exist():
     targets = set(re.findall(r"^([a-z-]+):", read("Makefile"), re.MULTILINE))
     named = set(re.findall(r"^make ([a-z-]+)", read("README.md") + read("CONTRIBUTING.md"), re.MULTILINE))
     assert named and named <= targets, named - targets
+
+
+def test_every_mutant_is_an_edit_of_the_code_as_it_is():
+    absent = [mutant.name for mutant in MUTANTS if mutant.text not in (ROOT / mutant.file).read_text(encoding="utf-8")]
+    assert len(MUTANTS) >= 30 and absent == []
