@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from tests.mutants import MUTANTS
+import pytest
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,5 +24,9 @@ def test_commands_of_the_readme_exist():
 
 
 def test_every_mutant_is_an_edit_of_the_code_as_it_is():
+    # the interpreted kernels' own mutants are among them
+    pytest.importorskip("triton")
+    from tests.mutants import MUTANTS
+
     absent = [mutant.name for mutant in MUTANTS if mutant.text not in (ROOT / mutant.file).read_text(encoding="utf-8")]
     assert len(MUTANTS) >= 30 and absent == []
