@@ -3,6 +3,7 @@
     pytest benchmarks/bench_hybrid_linear.py -k kept_norm --results benchmarks/results
 
 (likewise new_norm, where A and B change before every round; memory; compiled).
+"scaled weight" is our layer with keep_scaled_weight.
 Outputs and gradients are compared with PEFT DoRA's before anything is timed. Ratios are medians over rounds in which
 every contender ran once. Adapters are fp32, as PEFT makes them, beside a base of either precision; bf16 tables also
 show PEFT LoRA with its adapters cast down, which is faster and less accurate.
@@ -27,6 +28,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # norm-wise, of results that two implementations round in their own ways
 AGREEMENT = {"fp32": 1e-5, "bf16": 1e-2}
 SECONDS_PER_CASE = 7.0
+SCALED = "scaled weight"
 
 
 def peft_layer(linear: nn.Linear, rank: int, *, use_dora: bool) -> nn.Module:
@@ -39,12 +41,12 @@ def peft_layer(linear: nn.Linear, rank: int, *, use_dora: bool) -> nn.Module:
     return layer
 
 
-def our_layer(peft_dora: nn.Module, rank: int) -> HybridLinear:
+def our_layer(peft_dora: nn.Module, rank: int, **options: bool) -> HybridLinear:
     """Our layer with the weight, the factors and the magnitude of PEFT's; its blend is there, and shut."""
     base = peft_dora.base_layer
     linear = nn.Linear(base.in_features, base.out_features, bias=False)
     linear.weight = nn.Parameter(base.weight.detach().clone())
-    layer = HybridLinear.from_linear(linear, rank, ALPHA, use_rslora=False)
+    layer = HybridLinear.from_linear(linear, rank, ALPHA, use_rslora=False, **options)
     with torch.no_grad():
         layer.lora_a.copy_(peft_dora.lora_A["default"].weight)
         layer.lora_b.copy_(peft_dora.lora_B["default"].weight)
@@ -63,6 +65,7 @@ def contenders(shape: tuple[int, int, int], dtype: str, rank: int) -> dict[str, 
         "peft lora": peft_layer(linear, rank, use_dora=False),
         "peft dora": peft_dora,
         "hylorada": our_layer(peft_dora, rank),
+        SCALED: our_layer(peft_dora, rank, keep_scaled_weight=True),
     }
     for layer in layers.values():
         base = getattr(layer, "base_layer", layer)
@@ -93,14 +96,16 @@ def magnitude(layer: nn.Module) -> nn.Parameter:
 def assert_agreement(layers: dict[str, nn.Module], x: torch.Tensor, dy: torch.Tensor, dtype: str) -> None:
     """Our output and gradients are PEFT DoRA's."""
     results = []
-    for name in ("hylorada", "peft dora"):
+    for name in (name for name in (SCALED, "hylorada", "peft dora") if name in layers):
         layer = layers[name]
         y = layer(x)
         leaves = [x, *factors(layer), magnitude(layer)]
         results.append([y, *torch.autograd.grad(y, leaves, dy)])
-    for name, ours, theirs in zip(("y", "dx", "dA", "dB", "dm"), *results, strict=True):
-        error = relative_error(ours, theirs.double())
-        assert error <= AGREEMENT[dtype], f"{name} differs from PEFT DoRA's by {error:.1e}"
+    *ours, theirs = results
+    for mine in ours:
+        for name, own, their in zip(("y", "dx", "dA", "dB", "dm"), mine, theirs, strict=True):
+            error = relative_error(own, their.double())
+            assert error <= AGREEMENT[dtype], f"{name} differs from PEFT DoRA's by {error:.1e}"
 
 
 def training_step(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor, *, edit: bool, run=None):
@@ -129,6 +134,8 @@ def ratios(times: dict[str, list[float]]) -> dict[str, float]:
         "peft dora / hylorada": median_ratio(times, "peft dora", "hylorada"),
         "hylorada / frozen": median_ratio(times, "hylorada", "frozen"),
     }
+    if SCALED in times:
+        values[f"{SCALED} / peft lora"] = median_ratio(times, SCALED, "peft lora")
     if "peft lora in bf16" in times:
         values["hylorada / peft lora in bf16"] = median_ratio(times, "hylorada", "peft lora in bf16")
     return values

@@ -25,6 +25,7 @@ _AT_LEAST = {
 # what an option belongs to: it does nothing while that is off. use_blend is not here, it is on by default
 SWITCHES = {
     "dora_norm_grad": "use_dora_magnitude",
+    "keep_scaled_weight": "use_dora_magnitude",
     "position_num_buckets": "position_bias_enabled",
     "position_bucket": "position_bias_enabled",
     "position_bias_target": "position_bias_enabled",
@@ -92,6 +93,8 @@ class HyLoRADAConfig:
         use_dora_magnitude: learn the magnitude of every output feature (DoRA).
         use_blend: blend DoRA with the plain update by a learned gate; there is none without a magnitude.
         dora_norm_grad: let the gradient through the norm.   lora_init: of A, "orthogonal" or "kaiming".
+        keep_scaled_weight: on the CPU, hold the adapted weights twice, the second time with their gain; saves time
+            where several micro-batches share an optimizer step, and rounds 16-bit weights once more.
 
     Position bias, one scale per bucket of logical positions:
         position_bias_enabled, position_num_buckets.
@@ -134,6 +137,7 @@ class HyLoRADAConfig:
     use_blend: bool = True
     dora_norm_grad: bool = False
     lora_init: str = "orthogonal"
+    keep_scaled_weight: bool = False
 
     position_bias_enabled: bool = True
     position_num_buckets: int = 64

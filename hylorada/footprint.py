@@ -231,10 +231,14 @@ def _fakes(step: nn.Module, ledger: _Ledger, labels: dict[int, str]) -> dict[str
 
 
 def _kept_norm_bytes(module: nn.Module) -> int:
-    """The norm of an adapted layer, that of its weight alone, and copies of A and B that show whether they hold."""
+    """The norm of an adapted layer, that of its weight alone, and copies of A and B that show whether they hold.
+
+    Where it is asked for, the scaled weight too.
+    """
     if not isinstance(module, HybridLinear) or module.magnitude is None or module.norm_grad or module.merged:
         return 0
-    return module.lora_a.nbytes + module.lora_b.nbytes + 2 * module.magnitude.nbytes
+    scaled = module._base().nbytes if module.keep_scaled_weight else 0
+    return module.lora_a.nbytes + module.lora_b.nbytes + 2 * module.magnitude.nbytes + scaled
 
 
 @contextmanager

@@ -543,6 +543,7 @@ def _build_layer(linear: nn.Module, config: HyLoRADAConfig) -> UnifiedLayer:
         init=config.lora_init,
         norm_grad=config.dora_norm_grad,
         token_scale_target=config.position_bias_target,
+        keep_scaled_weight=config.keep_scaled_weight,
     )
     return cast(UnifiedLayer, layer.train(linear.training))
 

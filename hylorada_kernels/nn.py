@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from .norm_cache import NormCache
 from .ops.hybrid_linear.op import TOKEN_SCALE_TARGETS, adapted_weight, hybrid_linear
 from .ops.shifted_attention.op import shifted_attention
+from .scaled_weight import ScaledWeightCache
 
 INITS = ("orthogonal", "kaiming")
 BLEND_INIT = 0.1
@@ -43,9 +44,14 @@ class HybridLinear(nn.Module):
         init: str,
         norm_grad: bool,
         token_scale_target: str,
+        keep_scaled_weight: bool,
     ):
         super().__init__()
         _check_options(linear, rank, alpha, dropout, init, token_scale_target)
+        if keep_scaled_weight and norm_grad:
+            raise ValueError(
+                "keep_scaled_weight=True keeps what norm_grad=True makes anew in every forward; leave one of them False"
+            )
         self.weight_is_transposed = is_conv1d(linear)
         self.weight = linear.weight.requires_grad_(False)
         self.bias = None if linear.bias is None else linear.bias.requires_grad_(False)
@@ -57,6 +63,8 @@ class HybridLinear(nn.Module):
         self._original_weight: Tensor | None = None
         self._linear_class = type(linear)
         self._norms = NormCache()
+        self.keep_scaled_weight = keep_scaled_weight and use_magnitude
+        self._scaled_weights = ScaledWeightCache()
 
         own = {"device": self.weight.device, "dtype": torch.promote_types(self.weight.dtype, torch.float32)}
         self.lora_a = nn.Parameter(torch.empty(rank, self.in_features, **own))
@@ -84,19 +92,23 @@ class HybridLinear(nn.Module):
         init: str = "orthogonal",
         norm_grad: bool = False,
         token_scale_target: str = "output",
+        keep_scaled_weight: bool = False,
     ) -> "HybridLinear":
         """Wrap an nn.Linear or a transformers Conv1D. The layer's weight and bias are frozen and shared, not copied.
 
         Args:
             linear: the layer to adapt; it is left usable, and must not be trained.
-            rank: R >= 1.   alpha: the numerator of the scale.   dropout: on the low-rank path while training, in [0,
-            1).
+            rank: R >= 1.   alpha: the numerator of the scale.
+            dropout: on the low-rank path while training, in [0, 1).
             use_rslora: scale alpha / sqrt(R), else alpha / R.
-            use_magnitude: learn the rows' magnitude (DoRA).   use_blend: blend it with the plain update (HyLoRADA);
-            ignored without it.
+            use_magnitude: learn the rows' magnitude (DoRA).
+            use_blend: blend it with the plain update (HyLoRADA); ignored without it.
             init: of lora_a, "orthogonal" or "kaiming".
             norm_grad: let the gradient through the norm (DoRA section 4.3 does not).
             token_scale_target: what a position scale multiplies, the whole "output" or the low-rank "delta".
+            keep_scaled_weight: on the CPU, keep the weight with its gain, as much memory again as the weight; made
+                anew after every optimizer step, it pays with accumulation, and rounds 16-bit weights once more.
+                Ignored without a magnitude.
 
         Raises:
             TypeError: not a linear layer.   ValueError: an option out of range.
@@ -104,7 +116,7 @@ class HybridLinear(nn.Module):
         return cls(
             linear, rank, alpha,
             dropout=dropout, use_rslora=use_rslora, use_magnitude=use_magnitude, use_blend=use_blend, init=init,
-            norm_grad=norm_grad, token_scale_target=token_scale_target,
+            norm_grad=norm_grad, token_scale_target=token_scale_target, keep_scaled_weight=keep_scaled_weight,
         )  # fmt: skip
 
     def forward(self, x: Tensor, token_scale: Tensor | None = None) -> Tensor:
@@ -114,6 +126,9 @@ class HybridLinear(nn.Module):
         norm = None
         if self.magnitude is not None and not self.norm_grad:
             norm = self._norm()
+        scaled_weight = None
+        if self.keep_scaled_weight:
+            scaled_weight = self._scaled_weights.scaled_weight(self._base(), self.magnitude, self.residual_weight, norm)
         return hybrid_linear(
             x,
             self._base(),
@@ -128,6 +143,7 @@ class HybridLinear(nn.Module):
             token_scale_target=self.token_scale_target,
             norm_grad=self.norm_grad,
             dropout_p=self.dropout_p if self.training else 0.0,
+            scaled_weight=scaled_weight,
         )
 
     @torch.no_grad()
@@ -163,8 +179,9 @@ class HybridLinear(nn.Module):
         self.merged = False
 
     def invalidate_norm(self) -> None:
-        """Forget the cached norm; see `norm_cache` for when that is needed."""
+        """Forget what is kept of the weight, its norm above all; see `norm_cache` for when that is needed."""
         self._norms.invalidate()
+        self._scaled_weights.invalidate()
 
     def to_linear(self) -> nn.Module:
         """A plain layer of the original's class that shares the weight and bias as they are now, merged or not."""

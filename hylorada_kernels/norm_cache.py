@@ -65,7 +65,7 @@ class NormCache:
                 lora_b.shape,
             )  # fmt: skip
             if not self._kept or self._layout != layout:
-                self._layout, self._step = layout, _sample_step(weight)
+                self._layout, self._step = layout, sample_step(weight)
                 self._kept = _new_state(weight, lora_a, lora_b, choice, self._step)
             run = _norm if backend.runs_directly(weight, choice) else _norm_op
             return run(self._kept, weight, lora_a, lora_b, scale, choice, self._step)
@@ -132,7 +132,7 @@ def _compared(kept: list[Tensor], weight: Tensor, lora_a: Tensor, lora_b: Tensor
     The norms of the weight alone are kept too: of most new norms they are the half that has not changed.
     """
     norm, base, kept_a, kept_b, kept_sample, kept_key = kept
-    sample, key = _sample(weight, step), _key(weight, scale)
+    sample, key = sample_of(weight, step), [*weight_key(weight), _bits(scale)]
     with _lock:
         is_same_weight = kept_key.tolist() == key and torch.equal(kept_sample, sample)
         # torch.equal calls two NaN different: a broken layer is computed anew each time, which is harmless
@@ -152,14 +152,17 @@ def _compared(kept: list[Tensor], weight: Tensor, lora_a: Tensor, lora_b: Tensor
         return fresh
 
 
-def _key(weight: Tensor, scale: float) -> list[int]:
-    """What tells one weight and scale from another without reading the weight; never all zeros."""
+def weight_key(weight: Tensor) -> list[int]:
+    """What tells one weight from another without reading it; never all zeros."""
     version = -1 if weight.is_inference() else weight._version
-    scale_bits = struct.unpack("q", struct.pack("d", scale))[0]
-    return [1, weight.data_ptr(), version, scale_bits, weight.shape[1], *weight.stride()]
+    return [1, weight.data_ptr(), version, weight.shape[1], *weight.stride()]
 
 
-def _sample_step(weight: Tensor) -> int:
+def _bits(number: float) -> int:
+    return struct.unpack("q", struct.pack("d", number))[0]
+
+
+def sample_step(weight: Tensor) -> int:
     """The distance between two elements of the sample, in reading order."""
     step = max(1, weight.numel() // WEIGHT_SAMPLES)
     # a step that shares a factor with a row's length would visit some columns only
@@ -168,7 +171,7 @@ def _sample_step(weight: Tensor) -> int:
     return step
 
 
-def _sample(weight: Tensor, step: int) -> Tensor:
+def sample_of(weight: Tensor, step: int) -> Tensor:
     """Elements of the weight, spread evenly over its rows and columns; a view of one without gaps."""
     rows = weight.detach() if weight.is_contiguous() else weight.detach().T
     return rows.reshape(-1)[::step]

@@ -106,8 +106,16 @@ MUTANTS = [
             "B is not compared": (" and torch.equal(kept_b, lora_b)", ""),
             "the weight is not sampled": (" and torch.equal(kept_sample, sample)", ""),
             "callers share a norm": ("return norm.clone()", "return norm"),
-            "the scale is not in the key": ("weight._version\n", "weight._version\n    scale = 1.0\n"),
+            "the scale is not in the key": ("_bits(scale)]", "0]"),
             "no norm is kept": ("kept_key.copy_(torch.tensor(key))", "pass"),
+        },
+    ),
+    *_of(
+        "hylorada_kernels/scaled_weight.py",
+        f"{KERNEL_TESTS}/test_norm_cache.py -k 'not triton'",
+        {
+            "the gain is not compared": (" and torch.equal(kept_gain, gain)", ""),
+            "the weight is not compared": ("kept_key == key and ", ""),
         },
     ),
     *_of(

@@ -470,6 +470,7 @@ def test_only_names_that_the_user_gave_are_warned_about(make_base, caplog):
     ("option", "value", "switch", "off"),
     [
         ("dora_norm_grad", True, "use_dora_magnitude", False),
+        ("keep_scaled_weight", True, "use_dora_magnitude", False),
         ("position_num_buckets", 32, "position_bias_enabled", False),
         ("position_bucket", "log2", "position_bias_enabled", False),
         ("position_bias_target", "delta", "position_bias_enabled", False),

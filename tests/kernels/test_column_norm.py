@@ -37,13 +37,14 @@ def test_norm_matches_the_truth_to_1e_6(backend, shape, dtype):
     assert worst <= 1e-6
 
 
+@pytest.mark.parametrize("rank", [8, 1])
 @pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-3, 1e-4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_norm_survives_cancellation(backend, distance, dtype):
+def test_norm_survives_cancellation(backend, distance, dtype, rank):
     """B A = -(1 - d) W: the expanded square cancels to d^2 of its terms; an fp32 W + s B A itself errs by 2^-24 / d."""
     generator = torch.Generator("cpu").manual_seed(0)
-    lora_a = torch.randn(8, 96, generator=generator).to(torch.get_default_device())
-    directions = torch.randn(64, 8, generator=generator).to(torch.get_default_device())
+    lora_a = torch.randn(rank, 96, generator=generator).to(torch.get_default_device())
+    directions = torch.randn(64, rank, generator=generator).to(torch.get_default_device())
     weight = (directions @ lora_a).to(dtype)
     # W lies in the span of A: fit B to the rounded W, so that only rounding keeps W + B A from being d W
     fitted = torch.linalg.lstsq(lora_a.double().T.cpu(), weight.double().T.cpu()).solution.T.to(weight.device)

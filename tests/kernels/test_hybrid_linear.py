@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from hylorada_kernels import column_norm, hybrid_linear, using
+from hylorada_kernels.ops.hybrid_linear import eager
 from hylorada_kernels.ops.hybrid_linear.op import adapted_weight
 from hylorada_kernels.testing import linear_inputs, reference_linear, relative_error
 from tests.kernels.parity import assert_parity, in_triton, run, taking
@@ -209,6 +210,36 @@ def test_small_gains_and_large_biases_keep_the_gradient_exact(backend, bias):
     assert_parity(given, backend)
 
 
+def scaled_weight_of(given):
+    norm = column_norm(given.weight, given.lora_a, given.lora_b, scale=given.scale)
+    return eager.scaled_rows(given.weight, eager.row_gain(given.magnitude, given.blend, norm))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("token_scale", [None, "output", "delta"])
+def test_a_scaled_weight_that_the_caller_keeps_gives_the_truth(dtype, bias, token_scale):
+    for tokens, columns, rows, rank in SHAPES[1:4]:
+        given = linear_inputs(
+            tokens, columns, rows, rank, dtype=dtype, bias=bias, token_scale=token_scale is not None,
+            token_scale_target=token_scale or "output",
+        )  # fmt: skip
+        given.magnitude[0] = 0.0
+        given.magnitude[1] *= -1.0
+        scaled_weight = scaled_weight_of(given)
+        assert_parity(given, "eager", scaled_weight=scaled_weight)
+        assert_parity(given, "eager", scaled_weight=scaled_weight, save_output=False)
+
+
+@in_triton
+def test_a_scaled_weight_is_left_alone_where_it_gains_nothing(backend):
+    given = linear_inputs(37, 53, 41, 3)
+    y, gradients = run(given, backend)
+    shortened, their_gradients = run(given, backend, scaled_weight=torch.full_like(given.weight, torch.nan))
+    assert torch.equal(y, shortened)
+    assert all(torch.equal(gradients[name], their_gradients[name]) for name in gradients)
+
+
 def test_zero_token_scale_keeps_the_gradient_exact(backend):
     given = linear_inputs(40, 50, 37, 6, dtype=torch.bfloat16)
     given.token_scale[::7] = 0.0
@@ -382,6 +413,7 @@ BAD = {
     "magnitude of another length": ({"magnitude": torch.zeros(5)}, ValueError, r"magnitude must have shape \(6,\)"),
     "blend without magnitude": ({"blend": torch.zeros(1)}, ValueError, "give both or neither"),
     "norm without magnitude": ({"norm": torch.ones(6)}, ValueError, "give both or neither"),
+    "scaled weight without magnitude": ({"scaled_weight": torch.zeros(6, 8)}, ValueError, "give both or neither"),
     "token scale of another shape": (
         {"token_scale": torch.zeros(4)},
         ValueError,

@@ -20,7 +20,7 @@ EAGER = {
         "dx = _scaled_product(dh, lora_a.to(x.dtype), scale)",
         "dx = dh @ lora_a.to(x.dtype)",
     ),
-    "g is dropped in dx": ("dx.addmm_(dz, weight)", "dx.addmm_(dy, weight)"),
+    "g is dropped in dx": ("dx.addmm_(dz, wide_weight)", "dx.addmm_(dy, wide_weight)"),
     "g is dropped in dB": ("_factor_gradient(weighted_h.T, dz, scale", "_factor_gradient(weighted_h.T, dy, scale"),
     "the bias is scaled": ("else scaled.add_(bias)", "else scaled.add_(bias * gain)"),
     "the blend is upside down": (
@@ -32,7 +32,7 @@ EAGER = {
     "the position scale is dropped from the product": ("        product *= p_input\n", "        product *= 1\n"),
     "the position scale is dropped from the saved h": ("        h = h * p_input\n", "        h = h * 1\n"),
     "the position scale meets the bias": ("(magnitude is not None or bias is None)", "True"),
-    "the norm is stale": ("lora_b, scale=scale)\n    gain", "0 * lora_b, scale=scale)\n    gain"),
+    "the norm is stale": ("lora_b, scale=scale)\n        gain", "0 * lora_b, scale=scale)\n        gain"),
     "dm misses the blend": ("        dm *= 1 - beta\n", ""),
 }
 KERNEL = {

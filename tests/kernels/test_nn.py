@@ -107,6 +107,18 @@ def test_a_merged_weight_refuses_a_position_scale_of_the_delta():
         layer(torch.randn(7, 50), token_scale=torch.ones(7))
 
 
+def test_norm_grad_sends_the_gradient_through_the_norm():
+    layer = trained(HybridLinear.from_linear(linear("plain"), rank=4, use_blend=False, norm_grad=True))
+    x = torch.randn(7, 50)
+    layer(x).square().sum().backward()
+    wide = {name: tensor.detach().double().requires_grad_() for name, tensor in layer.named_parameters()}
+    adapted = wide["weight"] + layer.scale * wide["lora_b"] @ wide["lora_a"]
+    gain = wide["magnitude"] / adapted.norm(dim=1)
+    (x.double() @ (gain[:, None] * adapted).T).square().sum().backward()
+    for name in ("lora_a", "lora_b", "magnitude"):
+        assert relative_error(getattr(layer, name).grad, wide[name].grad) <= 1e-5, name
+
+
 def test_dropout_acts_in_training_only():
     layer = trained(HybridLinear.from_linear(linear("plain"), dropout=0.5))
     x = torch.randn(7, 50)
@@ -201,6 +213,11 @@ BAD = {
     "alpha 0": ({"alpha": 0.0}, ValueError, "alpha must be a positive number, got 0.0"),
     "dropout 1": ({"dropout": 1.0}, ValueError, r"dropout must be a number in \[0, 1\), got 1.0"),
     "init": ({"init": "zeros"}, ValueError, "init must be one of"),
+    "scaled weight of a trained norm": (
+        {"keep_scaled_weight": True, "norm_grad": True},
+        ValueError,
+        "keep_scaled_weight=True keeps what norm_grad=True makes anew",
+    ),
     "target": ({"token_scale_target": "input"}, ValueError, "token_scale_target must be one of"),
     "not linear": (
         {"linear": nn.Conv2d(3, 3, 1)},

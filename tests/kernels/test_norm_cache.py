@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from hylorada_kernels import HybridLinear, column_norm, norm_cache, using
 from hylorada_kernels.ops.column_norm import eager
-from hylorada_kernels.testing import interpreter
+from hylorada_kernels.ops.hybrid_linear import eager as linear_eager
+from hylorada_kernels.testing import interpreter, relative_error
 
 
 @pytest.fixture(autouse=True)
@@ -131,6 +132,25 @@ def permute_the_rows_of_b(layer, x):
     layer.lora_b.data.copy_(layer.lora_b.data.flip(0))
 
 
+def another_magnitude_through_data(layer, x):
+    layer.magnitude.data[3] *= 1.5
+
+
+def another_blend_through_numpy(layer, x):
+    layer.residual_weight.detach().numpy()[0] += 1.0
+
+
+def swap_two_rows_of_one_norm(layer, x):
+    """Nothing changes but the weight: the kept norm still holds, a kept scaled weight does not."""
+    with torch.no_grad():
+        layer.lora_b[:2] = 0
+        layer.weight[1] = layer.weight[0].flip(0)
+        layer.magnitude[:2] = layer.magnitude[0]
+    layer(x)
+    with torch.no_grad():
+        layer.weight[:2] = layer.weight[:2].flip(0)
+
+
 def edit_under_no_grad(layer, x):
     with torch.no_grad():
         layer.lora_a[0] *= 3
@@ -140,13 +160,15 @@ EVENTS = [
     looped_sgd, foreach_adamw, fused_adamw, write_through_data, write_through_numpy, write_one_element_through_numpy,
     write_through_a_flat_buffer, replace_data, vector_to_parameters, load_state_dict, load_state_dict_by_assignment,
     swap_tensors, another_scale, another_weight_through_data, prune_half_of_the_inputs, merge_and_unmerge,
-    permute_the_rows_of_b, edit_under_no_grad,
+    permute_the_rows_of_b, edit_under_no_grad, another_magnitude_through_data, another_blend_through_numpy,
+    swap_two_rows_of_one_norm,
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.__name__)
-def test_no_change_goes_unnoticed(event):
-    layer, x = layer_and_input()
+@pytest.mark.parametrize("keep_scaled_weight", [False, True])
+def test_no_change_goes_unnoticed(event, keep_scaled_weight):
+    layer, x = layer_and_input(keep_scaled_weight=keep_scaled_weight)
     before = layer(x).detach()
     event(layer, x)
     after = layer(x)
@@ -160,7 +182,7 @@ def test_a_sample_of_the_weight_visits_every_column(shape, is_contiguous):
     rows, columns = shape
     weight = torch.arange(columns).float().expand(rows, columns)
     weight = weight.contiguous() if is_contiguous else weight.T.contiguous().T
-    seen = norm_cache._sample(weight, norm_cache._sample_step(weight)).unique()
+    seen = norm_cache.sample_of(weight, norm_cache.sample_step(weight)).unique()
     assert len(seen) >= min(columns, norm_cache.WEIGHT_SAMPLES // 2)
 
 
@@ -215,6 +237,36 @@ def test_checkpointing_and_accumulation_give_the_bits_of_an_uncached_run_with_on
             assert torch.equal(parameter.grad, dict(fresh.named_parameters())[name].grad), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_scaled_weight_serves_all_forwards_until_a_step(backend, monkeypatch, dtype):
+    made = []
+    make = linear_eager.scaled_rows
+    monkeypatch.setattr(linear_eager, "scaled_rows", lambda *args: made.append(1) or make(*args))
+    layer, x = layer_and_input(dtype, keep_scaled_weight=True)
+    plain = copy.deepcopy(layer)
+    plain.keep_scaled_weight = False
+    optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=0.1)
+    for step in range(2):
+        for _ in range(3):
+            checkpoint(layer, x, use_reentrant=False).square().sum().backward()
+        # in Triton, where it would gain nothing, there is none
+        assert len(made) == (step + 1 if backend == "eager" else 0)
+        plain.load_state_dict(layer.state_dict())
+        assert relative_error(layer(x), plain(x).double()) < 4 * torch.finfo(dtype).eps
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_a_graph_keeps_the_scaled_weight_that_it_was_made_with():
+    layer, x = layer_and_input(keep_scaled_weight=True)
+    x.requires_grad_()
+    expected = torch.autograd.grad(layer(x).sum(), x)[0]
+    y = layer(x)
+    layer.magnitude.data.mul_(2)
+    layer(x)
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], expected)
+
+
 def test_threads_that_share_a_cache_get_their_own_norms():
     weight = torch.randn(400, 300)
     given = [(torch.randn(8, 300), torch.randn(400, 8)) for _ in range(4)]
@@ -233,6 +285,15 @@ def test_threads_that_share_a_cache_get_their_own_norms():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_a_norm_once_given_is_never_written_to():
+    layer, _ = layer_and_input()
+    kept = layer._norm()
+    given = layer._norm()
+    layer.lora_b.data.mul_(2)
+    assert torch.equal(given, kept) and not torch.equal(layer._norm(), kept)
+    assert torch.equal(given, kept)
 
 
 def test_copies_do_not_share_a_norm():

@@ -30,7 +30,7 @@ def norm_and_base(
     products = weight.new_empty(weight.shape[0], a.shape[0], dtype=dtype)
     is_known = base is not None
     squares = base if base is not None else weight.new_empty(weight.shape[0], dtype=dtype)
-    for rows in _row_chunks(weight, dtype):
+    for rows in row_chunks(weight, dtype):
         wide = weight[rows].to(dtype)
         if not is_known:
             torch.linalg.vector_norm(wide, dim=1, out=squares[rows])
@@ -56,7 +56,7 @@ def backward(
     weighted = scale * d[:, None] * b
     db = scale * weighted @ (a @ a.T)
     da = scale * (weighted.T @ b) @ a
-    for rows in _row_chunks(weight, dtype):
+    for rows in row_chunks(weight, dtype):
         wide = weight[rows].to(dtype)
         db[rows] += (scale * d[rows])[:, None] * (wide @ a.T)
         da.addmm_(weighted[rows].T, wide)
@@ -68,7 +68,7 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _row_chunks(weight: Tensor, dtype: torch.dtype) -> list[slice]:
+def row_chunks(weight: Tensor, dtype: torch.dtype) -> list[slice]:
     """Slices of rows to widen to `dtype` together: all of them when nothing has to be widened."""
     rows, columns = weight.shape
     step = rows if weight.dtype == dtype else max(16, CHUNK_ELEMENTS // max(columns, 1))

@@ -3,6 +3,8 @@
 The low-rank product is laid down first and the large GEMM adds onto it, so that a 16-bit sum is rounded once. With
 dz = g dy the backward is LoRA's. A position scale of the whole output is applied to x or to the product, in which y is
 linear but for the bias, whichever is narrower; either way its gradient is a row sum of dx * x.
+
+A caller that keeps diag(g) W gives it as `scaled_weight`: then, with diag(g) B, neither product nor gradient is scaled.
 """
 
 import math
@@ -30,6 +32,7 @@ def forward(
     norm: Tensor | None,
     bias: Tensor | None,
     token_scale: Tensor | None,
+    scaled_weight: Tensor | None = None,
     *,
     scale: float,
     token_scale_target: str,
@@ -38,9 +41,17 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> y (T, O), h (T, R), gain (O,), norm (O,), kept product (T, O), dropout mask (T, I).
 
-    What is not needed, or was given, is empty. The kept product is z where the output is to be saved but has a bias.
+    What is not needed, or was given, is empty. The kept product is z, or g z where a scaled weight made it, and is kept
+    where the output is to be saved but has a bias.
     """
     nothing = x.new_empty(0)
+    gain = own_norm = nothing
+    if magnitude is not None:
+        if norm is None:
+            norm = own_norm = column_norm.forward(weight, lora_a, lora_b, scale=scale)
+        gain = row_gain(magnitude, blend, norm)
+    if scaled_weight is not None:
+        weight, lora_b = scaled_weight, lora_b * gain[:, None]
     p_input, p_delta = _split_token_scale(token_scale, token_scale_target, x.dtype)
     scales_product = _scales_product(weight, magnitude, bias)
     if p_input is not None and not scales_product:
@@ -52,13 +63,12 @@ def forward(
         # h is narrow, where a broadcast product is slow: the backward scales it
         product *= p_input
     if magnitude is None:
-        return product, h, nothing, nothing, nothing, mask
-    own_norm = nothing
-    if norm is None:
-        norm = own_norm = column_norm.forward(weight, lora_a, lora_b, scale=scale)
-    gain = row_gain(magnitude, blend, norm)
+        return product, h, gain, own_norm, nothing, mask
     keep = save and bias is not None
-    y = _scale_columns(product, gain, bias, in_place=not keep)
+    if scaled_weight is None:
+        y = _scale_columns(product, gain, bias, in_place=not keep)
+    else:
+        y = product if bias is None else product + bias if keep else product.add_(bias)
     return y, h, gain, own_norm, product if keep else nothing, mask
 
 
@@ -77,6 +87,7 @@ def backward(
     gain: Tensor,
     kept: Tensor,
     mask: Tensor,
+    scaled_weight: Tensor | None = None,
     *,
     scale: float,
     token_scale_target: str,
@@ -85,8 +96,8 @@ def backward(
 ) -> list[Tensor]:
     """Gradients of x, lora_a, lora_b, magnitude, blend, norm, bias and token_scale, empty where `needs` is False.
 
-    `kept` is the product z where there is a bias (which would hide it in y), else the output y; empty: z is computed
-    again.
+    `kept` is what the forward kept where there is a bias (which would hide it in y), else the output y; empty: z is
+    computed again.
     """
     need_x, need_a, need_b, need_m, need_blend, need_norm, need_bias, need_p = needs
     nothing = x.new_empty(0)
@@ -95,10 +106,13 @@ def backward(
     if p_input is not None and _scales_product(weight, magnitude, bias):
         h = h * p_input
     dy = dy.contiguous()
-    dz = dy if magnitude is None else _scale_columns(dy, gain)
+    if scaled_weight is not None:
+        dz, wide_weight, factor = dy, scaled_weight, lora_b * gain[:, None]
+    else:
+        dz, wide_weight, factor = dy if magnitude is None else _scale_columns(dy, gain), weight, lora_b
 
     if need_x or need_a or need_p:
-        dh = _times_lora_b(dz, lora_b.to(x.dtype))
+        dh = _times_lora_b(dz, factor.to(x.dtype))
         if need_p and p_delta is not None:
             dp = scale * (dh * h).sum(1, dtype=token_scale.dtype)
         if p_delta is not None:
@@ -111,7 +125,7 @@ def backward(
             dx = _scaled_product(dh, lora_a.to(x.dtype), scale)
             if dropout_p:
                 dx *= mask * (1 / (1 - dropout_p))
-            dx.addmm_(dz, weight)
+            dx.addmm_(dz, wide_weight)
         if p_input is not None:
             if need_p:
                 dp = (dx * x).sum(1, dtype=token_scale.dtype)
@@ -122,8 +136,12 @@ def backward(
             db = _factor_gradient(weighted_h.T, dz, scale, lora_b.dtype).T.contiguous()
         else:
             db = _factor_gradient(dz.T, weighted_h, scale, lora_b.dtype)
+        if scaled_weight is not None:
+            db *= gain[:, None]
     if need_m or need_blend or need_norm:
-        dg, dbias = _gain_gradient(dy, kept, x, weight, h, lora_b, scale, p_input, p_delta, gain, bias, need_bias)
+        dg, dbias = _gain_gradient(
+            dy, kept, x, weight, h, lora_b, scale, p_input, p_delta, gain, bias, need_bias, scaled_weight is not None
+        )
         dm, dblend, dnorm = _gain_input_gradients(dg, magnitude, blend, norm, need_norm)
     if need_bias:
         dbias = (dbias if dbias.numel() else dy.sum(0)).to(bias.dtype)
@@ -158,6 +176,14 @@ def adapted_weight(
     if magnitude is not None:
         adapted *= row_gain(magnitude, blend, norm)[:, None]
     return adapted.to(weight.dtype)
+
+
+def scaled_rows(weight: Tensor, gain: Tensor) -> Tensor:
+    """diag(g) W in weight's dtype and layout, rounded once, a few rows at a time."""
+    scaled = torch.empty_like(weight)
+    for rows in column_norm.row_chunks(weight, gain.dtype):
+        scaled[rows] = weight[rows] * gain[rows, None]
+    return scaled
 
 
 def _scales_product(weight: Tensor, magnitude: Tensor | None, bias: Tensor | None) -> bool:
@@ -198,9 +224,10 @@ def _gain_gradient(
     gain: Tensor,
     bias: Tensor | None,
     need_bias: bool,
+    has_scaled_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     """dg_j = sum_t dy_tj z_tj, and sum_t dy_tj, empty unless it was needed and came for free."""
-    kept_is_output = bias is None and kept.numel() > 0
+    kept_is_scaled = kept.numel() > 0 and (bias is None or has_scaled_weight)
 
     def product_of(rows: Tensor | slice) -> Tensor:
         scaled_x = x if p_input is None else x * p_input
@@ -208,7 +235,7 @@ def _gain_gradient(
 
     product = kept if kept.numel() else product_of(slice(None))
     sums, dbias = _column_sums(dy, product, gain.dtype, need_bias)
-    if not kept_is_output:
+    if not kept_is_scaled:
         return sums, dbias
     dg = sums / gain
     small = gain.abs() < SMALL_GAIN
