@@ -115,7 +115,10 @@ MUTANTS = [
         f"{KERNEL_TESTS}/test_norm_cache.py -k 'not triton'",
         {
             "the gain is not compared": (" and torch.equal(kept_gain, gain)", ""),
-            "the weight is not compared": ("kept_key == key and ", ""),
+            "the weight is not compared": (
+                "kept_key == key and torch.equal(kept_gain, gain) and torch.equal(kept_sample, sample)",
+                "torch.equal(kept_gain, gain)",
+            ),
         },
     ),
     *_of(
