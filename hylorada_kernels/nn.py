@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .gain_cache import GainCache
 from .norm_cache import NormCache
 from .ops.hybrid_linear.op import TOKEN_SCALE_TARGETS, adapted_weight, hybrid_linear
 from .ops.shifted_attention.op import shifted_attention
-from .scaled_weight import ScaledWeightCache
 
 INITS = ("orthogonal", "kaiming")
 BLEND_INIT = 0.1
@@ -64,7 +64,7 @@ class HybridLinear(nn.Module):
         self._linear_class = type(linear)
         self._norms = NormCache()
         self.keep_scaled_weight = keep_scaled_weight and use_magnitude
-        self._scaled_weights = ScaledWeightCache()
+        self._gains = GainCache()
 
         own = {"device": self.weight.device, "dtype": torch.promote_types(self.weight.dtype, torch.float32)}
         self.lora_a = nn.Parameter(torch.empty(rank, self.in_features, **own))
@@ -123,12 +123,17 @@ class HybridLinear(nn.Module):
         """x: (..., I) in weight's dtype; token_scale: x.shape[:-1] or None. -> (..., O)."""
         if self.merged:
             return self._merged_forward(x, token_scale)
-        norm = None
+        norm = kept_gain = None
         if self.magnitude is not None and not self.norm_grad:
             norm = self._norm()
-        scaled_weight = None
-        if self.keep_scaled_weight:
-            scaled_weight = self._scaled_weights.scaled_weight(self._base(), self.magnitude, self.residual_weight, norm)
+            kept_gain = self._gains.gain(
+                self._base(),
+                self.lora_b,
+                self.magnitude,
+                self.residual_weight,
+                norm,
+                scale_weight=self.keep_scaled_weight,
+            )
         return hybrid_linear(
             x,
             self._base(),
@@ -143,7 +148,7 @@ class HybridLinear(nn.Module):
             token_scale_target=self.token_scale_target,
             norm_grad=self.norm_grad,
             dropout_p=self.dropout_p if self.training else 0.0,
-            scaled_weight=scaled_weight,
+            kept_gain=kept_gain,
         )
 
     @torch.no_grad()
@@ -181,7 +186,7 @@ class HybridLinear(nn.Module):
     def invalidate_norm(self) -> None:
         """Forget what is kept of the weight, its norm above all; see `norm_cache` for when that is needed."""
         self._norms.invalidate()
-        self._scaled_weights.invalidate()
+        self._gains.invalidate()
 
     def to_linear(self) -> nn.Module:
         """A plain layer of the original's class that shares the weight and bias as they are now, merged or not."""

@@ -53,9 +53,13 @@ class NormCache:
         self._kept: list[Tensor] = []
         self._layout: tuple = ()
         self._step = 1
+        self._given: Tensor | None = None
 
     def norm(self, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-        """The norm, (O,) fp32 (fp64 for an fp64 weight), a tensor of the caller's own. See `column_norm`."""
+        """The norm, (O,) fp32 (fp64 for an fp64 weight), not to be written to. See `column_norm`.
+
+        The eager path gives the same tensor until the norm changes.
+        """
         with torch.no_grad():
             choice = backend.choose(weight)
             if not _can_keep(weight, lora_a, lora_b, choice):
@@ -67,8 +71,14 @@ class NormCache:
             if not self._kept or self._layout != layout:
                 self._layout, self._step = layout, sample_step(weight)
                 self._kept = _new_state(weight, lora_a, lora_b, choice, self._step)
-            run = _norm if backend.runs_directly(weight, choice) else _norm_op
-            return run(self._kept, weight, lora_a, lora_b, scale, choice, self._step)
+            given = (self._kept, weight, lora_a, lora_b, scale, choice, self._step)
+            if not backend.runs_directly(weight, choice):
+                return _norm_op(*given)
+            if torch.is_inference_mode_enabled():
+                # what is made here could not be saved for a backward later
+                return _norm(*given)
+            self._given = _norm(*given, self._given)
+            return self._given
 
     def invalidate(self) -> None:
         """Forget the norm: needed after a few elements of the frozen weight were edited behind autograd's back."""
@@ -78,7 +88,7 @@ class NormCache:
 
     def __getstate__(self) -> dict:
         # another process must not write into what is kept here
-        return {"_kept": [], "_layout": (), "_step": 1}
+        return {"_kept": [], "_layout": (), "_step": 1, "_given": None}
 
 
 def _can_keep(weight: Tensor, lora_a: Tensor, lora_b: Tensor, choice: str) -> bool:
@@ -101,14 +111,22 @@ def _new_state(weight: Tensor, lora_a: Tensor, lora_b: Tensor, choice: str, step
 
 
 def _norm(
-    kept: list[Tensor], weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, choice: str, step: int
+    kept: list[Tensor],
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    choice: str,
+    step: int,
+    given: Tensor | None = None,
 ) -> Tensor:
+    """`given`: what was given the last time, to be given again where it still holds."""
     if choice == "triton":
         samples = -(-weight.numel() // step)
         norm = kernel.guarded(kept, weight, lora_a, lora_b, scale=scale, samples=samples, sample_step=step)
     else:
         with backend.no_autocast(weight):
-            norm = _compared(kept, weight, lora_a, lora_b, scale, step)
+            norm = _compared(kept, weight, lora_a, lora_b, scale, step, given)
     if _verifying.get():
         _verify(norm, weight, lora_a, lora_b, scale)
     return norm
@@ -126,7 +144,15 @@ def _(kept, weight, lora_a, lora_b, scale, choice, step):
     return torch.empty_like(kept[0])
 
 
-def _compared(kept: list[Tensor], weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, step: int) -> Tensor:
+def _compared(
+    kept: list[Tensor],
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    step: int,
+    given: Tensor | None,
+) -> Tensor:
     """The kept norm where A, B, s and the sampled weight are what they were; else a new one, kept with copies.
 
     The norms of the weight alone are kept too: of most new norms they are the half that has not changed.
@@ -137,7 +163,7 @@ def _compared(kept: list[Tensor], weight: Tensor, lora_a: Tensor, lora_b: Tensor
         is_same_weight = kept_key.tolist() == key and torch.equal(kept_sample, sample)
         # torch.equal calls two NaN different: a broken layer is computed anew each time, which is harmless
         if is_same_weight and torch.equal(kept_a, lora_a) and torch.equal(kept_b, lora_b):
-            return norm.clone()
+            return given if given is not None and torch.equal(given, norm) else norm.clone()
         # an interrupt on the way leaves a key that fits nothing
         kept_key.zero_()
         fresh, fresh_base = eager.norm_and_base(

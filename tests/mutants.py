@@ -105,20 +105,19 @@ MUTANTS = [
         {
             "B is not compared": (" and torch.equal(kept_b, lora_b)", ""),
             "the weight is not sampled": (" and torch.equal(kept_sample, sample)", ""),
-            "callers share a norm": ("return norm.clone()", "return norm"),
+            "callers share a norm": ("else norm.clone()", "else norm"),
             "the scale is not in the key": ("_bits(scale)]", "0]"),
             "no norm is kept": ("kept_key.copy_(torch.tensor(key))", "pass"),
         },
     ),
     *_of(
-        "hylorada_kernels/scaled_weight.py",
+        "hylorada_kernels/gain_cache.py",
         f"{KERNEL_TESTS}/test_norm_cache.py -k 'not triton'",
         {
-            "the gain is not compared": (" and torch.equal(kept_gain, gain)", ""),
-            "the weight is not compared": (
-                "kept_key == key and torch.equal(kept_gain, gain) and torch.equal(kept_sample, sample)",
-                "torch.equal(kept_gain, gain)",
-            ),
+            "the magnitude is not compared": (" and torch.equal(self.magnitude, magnitude)", ""),
+            "the blend is not compared": ("self.norm is norm and is_same_blend", "self.norm is norm"),
+            "the norm is not compared": ("self.norm is norm and is_same_blend", "is_same_blend"),
+            "the scaled weight is not compared": (" and _is_same(kept, key, scaled)", ""),
         },
     ),
     *_of(

@@ -210,9 +210,10 @@ def test_small_gains_and_large_biases_keep_the_gradient_exact(backend, bias):
     assert_parity(given, backend)
 
 
-def scaled_weight_of(given):
+def kept_gain_of(given, *, scale_weight=True):
     norm = column_norm(given.weight, given.lora_a, given.lora_b, scale=given.scale)
-    return eager.scaled_rows(given.weight, eager.row_gain(given.magnitude, given.blend, norm))
+    gain = eager.gain_of(given.magnitude, given.blend, norm)
+    return eager.with_scaled_weight(gain, given.weight, given.lora_b) if scale_weight else gain
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -226,17 +227,28 @@ def test_a_scaled_weight_that_the_caller_keeps_gives_the_truth(dtype, bias, toke
         )  # fmt: skip
         given.magnitude[0] = 0.0
         given.magnitude[1] *= -1.0
-        scaled_weight = scaled_weight_of(given)
-        assert_parity(given, "eager", scaled_weight=scaled_weight)
-        assert_parity(given, "eager", scaled_weight=scaled_weight, save_output=False)
+        kept_gain = kept_gain_of(given)
+        assert_parity(given, "eager", kept_gain=kept_gain)
+        assert_parity(given, "eager", kept_gain=kept_gain, save_output=False)
+
+
+@pytest.mark.parametrize("blend", [False, True])
+def test_a_gain_that_the_caller_keeps_changes_no_bit(blend):
+    given = linear_inputs(37, 53, 41, 3, blend=blend)
+    given.magnitude[0] = 0.0
+    y, gradients = run(given, "eager")
+    again, their_gradients = run(given, "eager", kept_gain=kept_gain_of(given, scale_weight=False))
+    assert torch.equal(y, again)
+    assert all(torch.equal(gradients[name], their_gradients[name]) for name in gradients)
 
 
 @in_triton
-def test_a_scaled_weight_is_left_alone_where_it_gains_nothing(backend):
+def test_a_kept_gain_is_left_alone_where_it_gains_nothing(backend):
     given = linear_inputs(37, 53, 41, 3)
     y, gradients = run(given, backend)
-    shortened, their_gradients = run(given, backend, scaled_weight=torch.full_like(given.weight, torch.nan))
-    assert torch.equal(y, shortened)
+    nonsense = eager.Gain(*(torch.full((41,), torch.nan) for _ in range(3)), has_small=False)
+    again, their_gradients = run(given, backend, kept_gain=nonsense)
+    assert torch.equal(y, again)
     assert all(torch.equal(gradients[name], their_gradients[name]) for name in gradients)
 
 
@@ -413,7 +425,6 @@ BAD = {
     "magnitude of another length": ({"magnitude": torch.zeros(5)}, ValueError, r"magnitude must have shape \(6,\)"),
     "blend without magnitude": ({"blend": torch.zeros(1)}, ValueError, "give both or neither"),
     "norm without magnitude": ({"norm": torch.ones(6)}, ValueError, "give both or neither"),
-    "scaled weight without magnitude": ({"scaled_weight": torch.zeros(6, 8)}, ValueError, "give both or neither"),
     "token scale of another shape": (
         {"token_scale": torch.zeros(4)},
         ValueError,

@@ -33,7 +33,7 @@ EAGER = {
     "the position scale is dropped from the saved h": ("        h = h * p_input\n", "        h = h * 1\n"),
     "the position scale meets the bias": ("(magnitude is not None or bias is None)", "True"),
     "the norm is stale": ("lora_b, scale=scale)\n        gain", "0 * lora_b, scale=scale)\n        gain"),
-    "dm misses the blend": ("        dm *= 1 - beta\n", ""),
+    "dm misses the blend": ("        by_magnitude *= 1 - beta\n", ""),
 }
 KERNEL = {
     "s is dropped": ("    h *= scale\n", ""),

@@ -151,6 +151,13 @@ def swap_two_rows_of_one_norm(layer, x):
         layer.weight[:2] = layer.weight[:2].flip(0)
 
 
+def turn_b_where_the_norm_stays(layer, x):
+    with torch.no_grad():
+        layer.weight[:2] = 0
+    layer(x)
+    layer.lora_b.data[:2] *= -1
+
+
 def edit_under_no_grad(layer, x):
     with torch.no_grad():
         layer.lora_a[0] *= 3
@@ -161,7 +168,7 @@ EVENTS = [
     write_through_a_flat_buffer, replace_data, vector_to_parameters, load_state_dict, load_state_dict_by_assignment,
     swap_tensors, another_scale, another_weight_through_data, prune_half_of_the_inputs, merge_and_unmerge,
     permute_the_rows_of_b, edit_under_no_grad, another_magnitude_through_data, another_blend_through_numpy,
-    swap_two_rows_of_one_norm,
+    swap_two_rows_of_one_norm, turn_b_where_the_norm_stays,
 ]  # fmt: skip
 
 
@@ -240,8 +247,8 @@ def test_checkpointing_and_accumulation_give_the_bits_of_an_uncached_run_with_on
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_one_scaled_weight_serves_all_forwards_until_a_step(backend, monkeypatch, dtype):
     made = []
-    make = linear_eager.scaled_rows
-    monkeypatch.setattr(linear_eager, "scaled_rows", lambda *args: made.append(1) or make(*args))
+    make = linear_eager.with_scaled_weight
+    monkeypatch.setattr(linear_eager, "with_scaled_weight", lambda *args: made.append(1) or make(*args))
     layer, x = layer_and_input(dtype, keep_scaled_weight=True)
     plain = copy.deepcopy(layer)
     plain.keep_scaled_weight = False

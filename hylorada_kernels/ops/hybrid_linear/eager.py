@@ -4,10 +4,12 @@ The low-rank product is laid down first and the large GEMM adds onto it, so that
 dz = g dy the backward is LoRA's. A position scale of the whole output is applied to x or to the product, in which y is
 linear but for the bias, whichever is narrower; either way its gradient is a row sum of dx * x.
 
-A caller that keeps diag(g) W gives it as `scaled_weight`: then, with diag(g) B, neither product nor gradient is scaled.
+What follows from m, blend and norm alone is a `Gain`, which a caller may keep. One with diag(g) W and diag(g) B in it
+spares the scaling of the product and of its gradient.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +24,19 @@ SMALL_GAIN = 2.0**-6
 THIN_RANK = 16
 
 
+class Gain(NamedTuple):
+    """g of every row and its derivatives, (O,) each, in the norm's dtype."""
+
+    gain: Tensor
+    # dg / dm = (1 - beta) / n, dg / dblend = (1 - m / n) beta (1 - beta)
+    by_magnitude: Tensor
+    by_blend: Tensor | None
+    # whether some |g| is below SMALL_GAIN
+    has_small: bool
+    # diag(g) W, (O, I), in W's layout, and diag(g) B, (O, R), both in W's dtype; or None
+    scaled: tuple[Tensor, Tensor] | None = None
+
+
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -32,7 +47,7 @@ def forward(
     norm: Tensor | None,
     bias: Tensor | None,
     token_scale: Tensor | None,
-    scaled_weight: Tensor | None = None,
+    kept_gain: Gain | None = None,
     *,
     scale: float,
     token_scale_target: str,
@@ -49,9 +64,10 @@ def forward(
     if magnitude is not None:
         if norm is None:
             norm = own_norm = column_norm.forward(weight, lora_a, lora_b, scale=scale)
-        gain = row_gain(magnitude, blend, norm)
-    if scaled_weight is not None:
-        weight, lora_b = scaled_weight, lora_b * gain[:, None]
+        gain = row_gain(magnitude, blend, norm) if kept_gain is None else kept_gain.gain
+    is_scaled = kept_gain is not None and kept_gain.scaled is not None
+    if is_scaled:
+        weight, lora_b = kept_gain.scaled
     p_input, p_delta = _split_token_scale(token_scale, token_scale_target, x.dtype)
     scales_product = _scales_product(weight, magnitude, bias)
     if p_input is not None and not scales_product:
@@ -65,7 +81,7 @@ def forward(
     if magnitude is None:
         return product, h, gain, own_norm, nothing, mask
     keep = save and bias is not None
-    if scaled_weight is None:
+    if not is_scaled:
         y = _scale_columns(product, gain, bias, in_place=not keep)
     else:
         y = product if bias is None else product + bias if keep else product.add_(bias)
@@ -87,7 +103,7 @@ def backward(
     gain: Tensor,
     kept: Tensor,
     mask: Tensor,
-    scaled_weight: Tensor | None = None,
+    kept_gain: Gain | None = None,
     *,
     scale: float,
     token_scale_target: str,
@@ -106,8 +122,9 @@ def backward(
     if p_input is not None and _scales_product(weight, magnitude, bias):
         h = h * p_input
     dy = dy.contiguous()
-    if scaled_weight is not None:
-        dz, wide_weight, factor = dy, scaled_weight, lora_b * gain[:, None]
+    is_scaled = kept_gain is not None and kept_gain.scaled is not None
+    if is_scaled:
+        dz, (wide_weight, factor) = dy, kept_gain.scaled
     else:
         dz, wide_weight, factor = dy if magnitude is None else _scale_columns(dy, gain), weight, lora_b
 
@@ -136,13 +153,17 @@ def backward(
             db = _factor_gradient(weighted_h.T, dz, scale, lora_b.dtype).T.contiguous()
         else:
             db = _factor_gradient(dz.T, weighted_h, scale, lora_b.dtype)
-        if scaled_weight is not None:
+        if is_scaled:
             db *= gain[:, None]
     if need_m or need_blend or need_norm:
-        dg, dbias = _gain_gradient(
-            dy, kept, x, weight, h, lora_b, scale, p_input, p_delta, gain, bias, need_bias, scaled_weight is not None
-        )
-        dm, dblend, dnorm = _gain_input_gradients(dg, magnitude, blend, norm, need_norm)
+        terms = gain_of(magnitude, blend, norm) if kept_gain is None else kept_gain
+        dg, dbias = _gain_gradient(dy, kept, x, weight, h, lora_b, scale, p_input, p_delta, terms, bias, need_bias)
+        product = dg * terms.by_magnitude
+        dm = product.to(magnitude.dtype)
+        if need_blend:
+            dblend = torch.dot(dg, terms.by_blend).to(blend.dtype).view(blend.shape)
+        if need_norm:
+            dnorm = (-product * magnitude / norm).masked_fill_(norm == 0, 0)
     if need_bias:
         dbias = (dbias if dbias.numel() else dy.sum(0)).to(bias.dtype)
     gradients = [dx, da, db, dm, dblend, dnorm, dbias, dp]
@@ -158,6 +179,19 @@ def row_gain(magnitude: Tensor, blend: Tensor | None, norm: Tensor) -> Tensor:
     if blend is None:
         return ratio
     return torch.lerp(ratio, torch.ones_like(ratio), blend.to(norm.dtype).sigmoid())
+
+
+def gain_of(magnitude: Tensor, blend: Tensor | None, norm: Tensor) -> Gain:
+    """The gain with its derivatives."""
+    gain = row_gain(magnitude, blend, norm)
+    # a zero row has no direction: the subgradient is 0
+    by_magnitude = norm.reciprocal().nan_to_num_(nan=math.nan, posinf=0.0)
+    by_blend = None
+    if blend is not None:
+        beta = blend.to(norm.dtype).sigmoid()
+        by_blend = (norm - magnitude.to(norm.dtype)) * by_magnitude * (beta * (1 - beta))
+        by_magnitude *= 1 - beta
+    return Gain(gain, by_magnitude, by_blend, bool((gain.abs() < SMALL_GAIN).any()))
 
 
 def adapted_weight(
@@ -178,12 +212,12 @@ def adapted_weight(
     return adapted.to(weight.dtype)
 
 
-def scaled_rows(weight: Tensor, gain: Tensor) -> Tensor:
-    """diag(g) W in weight's dtype and layout, rounded once, a few rows at a time."""
+def with_scaled_weight(gain: Gain, weight: Tensor, lora_b: Tensor) -> Gain:
+    """The same with diag(g) W and diag(g) B, each rounded once."""
     scaled = torch.empty_like(weight)
-    for rows in column_norm.row_chunks(weight, gain.dtype):
-        scaled[rows] = weight[rows] * gain[rows, None]
-    return scaled
+    for rows in column_norm.row_chunks(weight, gain.gain.dtype):
+        scaled[rows] = weight[rows] * gain.gain[rows, None]
+    return gain._replace(scaled=(scaled, (lora_b * gain.gain[:, None]).to(weight.dtype)))
 
 
 def _scales_product(weight: Tensor, magnitude: Tensor | None, bias: Tensor | None) -> bool:
@@ -192,23 +226,6 @@ def _scales_product(weight: Tensor, magnitude: Tensor | None, bias: Tensor | Non
     A bias that is already in the product forbids it.
     """
     return weight.shape[0] <= weight.shape[1] and (magnitude is not None or bias is None)
-
-
-def _gain_input_gradients(
-    dg: Tensor, magnitude: Tensor, blend: Tensor | None, norm: Tensor, need_norm: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dm = dg (1 - beta) / n, dblend = sum dg (1 - m / n) beta (1 - beta), dn = -dm m / n where it is needed."""
-    # a zero row has no direction: the subgradient is 0
-    rate = norm.reciprocal().nan_to_num_(nan=math.nan, posinf=0.0)
-    dm = dg * rate
-    dblend = dnorm = dg.new_empty(0)
-    if blend is not None:
-        beta = blend.to(norm.dtype).sigmoid()
-        dblend = (torch.dot(dm, norm - magnitude.to(norm.dtype)) * beta * (1 - beta)).to(blend.dtype)
-        dm *= 1 - beta
-    if need_norm:
-        dnorm = -dm * (magnitude * rate)
-    return dm.to(magnitude.dtype), dblend, dnorm
 
 
 def _gain_gradient(
@@ -221,13 +238,13 @@ def _gain_gradient(
     scale: float,
     p_input: Tensor | None,
     p_delta: Tensor | None,
-    gain: Tensor,
+    terms: Gain,
     bias: Tensor | None,
     need_bias: bool,
-    has_scaled_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     """dg_j = sum_t dy_tj z_tj, and sum_t dy_tj, empty unless it was needed and came for free."""
-    kept_is_scaled = kept.numel() > 0 and (bias is None or has_scaled_weight)
+    gain = terms.gain
+    kept_is_scaled = kept.numel() > 0 and (bias is None or terms.scaled is not None)
 
     def product_of(rows: Tensor | slice) -> Tensor:
         scaled_x = x if p_input is None else x * p_input
@@ -238,8 +255,8 @@ def _gain_gradient(
     if not kept_is_scaled:
         return sums, dbias
     dg = sums / gain
-    small = gain.abs() < SMALL_GAIN
-    if small.any():
+    if terms.has_small:
+        small = gain.abs() < SMALL_GAIN
         dg[small] = _column_sums(dy[:, small], product_of(small), gain.dtype, False)[0]
     return dg, dbias
 

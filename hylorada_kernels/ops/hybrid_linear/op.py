@@ -31,7 +31,7 @@ def hybrid_linear(
     norm_grad: bool = False,
     save_output: bool = True,
     dropout_p: float = 0.0,
-    scaled_weight: Tensor | None = None,
+    kept_gain: eager.Gain | None = None,
 ) -> Tensor:
     """A frozen linear layer with a low-rank update, a learned row magnitude and a blend between the two.
 
@@ -61,8 +61,8 @@ def hybrid_linear(
         token_scale: x.shape[:-1], the position scale p, fp32 (fp64 for fp64 input).
         save_output: keep y for the backward (no new memory where its consumer keeps it); False computes z again there.
         dropout_p: in [0, 1); the caller passes 0 outside training.
-        scaled_weight: (O, I), diag(g) W in weight's dtype, if the caller keeps it: the eager path multiplies by it and
-            passes over its output twice less. Where Triton runs, or a trace, it would gain nothing and is left alone.
+        kept_gain: what follows from magnitude, blend and norm, if the caller keeps it (`gain_cache`): the eager path
+            then does not make it again. Where Triton runs, or a trace, it would gain nothing and is left alone.
 
     Returns:
         (..., O) in x's dtype. Gradients come in their inputs' dtypes; there is no second derivative.
@@ -84,7 +84,6 @@ def hybrid_linear(
         token_scale,
         token_scale_target,
         dropout_p,
-        scaled_weight,
     )
     dtype = backend.autocast_dtype(x)
     if magnitude is not None and norm is None and (norm_grad or dtype not in (None, weight.dtype)):
@@ -104,15 +103,17 @@ def hybrid_linear(
     magnitude, norm, bias = (None if tensor is None else tensor.contiguous() for tensor in (magnitude, norm, bias))
     choice = backend.choose(x)
     if choice != "eager" or not backend.runs_directly(x, choice):
-        scaled_weight = None
-    elif scaled_weight is not None:
-        scaled_weight = scaled_weight.detach().to(weight.dtype)
+        kept_gain = None
+    elif kept_gain is not None and kept_gain.scaled is not None:
+        # autocast has cast the weight
+        scaled_weight, scaled_b = kept_gain.scaled
+        kept_gain = kept_gain._replace(scaled=(scaled_weight.to(weight.dtype), scaled_b))
     # flattened outside of the function: autograd forbids in-place edits of a function's output that is a view
     leading = x.shape[:-1]
     y = _HybridLinear.apply(
         x.reshape(math.prod(leading), x.shape[-1]), weight, lora_a, lora_b, magnitude, blend, norm, bias,
         None if token_scale is None else token_scale.reshape(-1).contiguous(),
-        float(scale), token_scale_target, float(dropout_p), save_output, choice, scaled_weight,
+        float(scale), token_scale_target, float(dropout_p), save_output, choice, kept_gain,
     )  # fmt: skip
     return y if len(leading) == 1 else y.view(*leading, weight.shape[0])
 
@@ -139,9 +140,7 @@ def adapted_weight(
     return implementation.adapted_weight(weight, lora_a, lora_b, magnitude, blend, norm, scale=scale)
 
 
-def _check(
-    x, weight, lora_a, lora_b, magnitude, blend, bias, norm, token_scale, token_scale_target, dropout_p, scaled_weight
-):
+def _check(x, weight, lora_a, lora_b, magnitude, blend, bias, norm, token_scale, token_scale_target, dropout_p):
     check_adapter(weight, lora_a, lora_b)
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -149,7 +148,7 @@ def _check(
         )
     if not x.dtype.is_floating_point:
         raise TypeError(f"x must be floating point, got {x.dtype}")
-    for name, tensor in (("blend", blend), ("norm", norm), ("scaled_weight", scaled_weight)):
+    for name, tensor in (("blend", blend), ("norm", norm)):
         if tensor is not None and magnitude is None:
             raise ValueError(
                 f"{name} was given without magnitude, whose gain m / n it is part of; give both or neither"
@@ -165,7 +164,6 @@ def _check(
         ("norm", norm, (rows,)),
         ("blend", blend, ((), (1,))),
         ("token_scale", token_scale, (x.shape[:-1],)),
-        ("scaled_weight", scaled_weight, (weight.shape,)),
         ("x", x, (x.shape,)),
     ):
         if tensor is None:
@@ -314,23 +312,23 @@ class _HybridLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale,
-        scale, token_scale_target, dropout_p, save_output, choice, scaled_weight,
+        scale, token_scale_target, dropout_p, save_output, choice, kept_gain,
     ):  # fmt: skip
         needs = [ctx.needs_input_grad[i] for i in (0, 2, 3, 4, 5, 6, 7, 8)]
         save = save_output and any(needs[3:6])
         run = _forward if backend.runs_directly(x, choice) else _forward_op
-        shortcut = () if scaled_weight is None else (scaled_weight,)
+        ctx.shortcut = () if kept_gain is None else (kept_gain,)
         with backend.no_autocast(x):
             y, h, gain, own_norm, kept, dropped = run(
                 x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale,
-                scale, token_scale_target, dropout_p, save, choice, *shortcut,
+                scale, token_scale_target, dropout_p, save, choice, *ctx.shortcut,
             )  # fmt: skip
         if magnitude is not None and norm is None:
             norm = own_norm
         # the output itself stands in for the product unless the backend kept that
         kept = y if save and not kept.numel() else kept
         ctx.save_for_backward(
-            x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale, h, gain, kept, dropped, *shortcut
+            x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale, h, gain, kept, dropped
         )
         ctx.options = (scale, token_scale_target, dropout_p, needs, choice)
         return y
@@ -345,13 +343,7 @@ def _gradients(ctx, dy):
     needs, choice = ctx.options[3:]
     run = _backward if backend.runs_directly(dy, choice) else _backward_op
     with backend.no_autocast(dy):
-        x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale, h, gain, kept, dropped, *shortcut = (
-            ctx.saved_tensors
-        )
-        gradients = run(
-            dy, x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale, h, gain, kept, dropped,
-            *ctx.options, *shortcut,
-        )  # fmt: skip
+        gradients = run(dy, *ctx.saved_tensors, *ctx.options, *ctx.shortcut)
     dx, *others = [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
     return dx, None, *others, None, None, None, None, None, None
 

@@ -1,0 +1,94 @@
+"""The gain of one layer and what follows from it, kept as long as the magnitude, the blend and the norm stand still.
+
+On the CPU a small layer's many products of O values cost as much as a pass over its output. A layer may also keep
+diag(g) W: memory of the size of its weight, for two such passes. In 16 bits that weight is rounded once more: an
+output's error grows by up to sqrt 2, and a change of the gain below half a unit in the last place moves some elements
+of a row and not the others.
+"""
+
+import threading
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backend
+from .norm_cache import sample_of, sample_step, weight_key
+from .ops.hybrid_linear import eager
+
+_lock = threading.Lock()
+
+
+class _Kept(NamedTuple):
+    gain: eager.Gain
+    # the norm itself, which is never written to, and copies
+    norm: Tensor
+    magnitude: Tensor
+    blend: Tensor | None
+    # where a weight was scaled: its key, and copies of a sample and of B
+    key: list[int]
+    scaled: tuple[Tensor, ...]
+
+    def holds(self, magnitude: Tensor, blend: Tensor | None, norm: Tensor) -> bool:
+        # torch.equal calls two NaN different: the gain of a broken layer is made anew each time, which is harmless
+        is_same_blend = self.blend is blend if blend is None or self.blend is None else torch.equal(self.blend, blend)
+        return self.norm is norm and is_same_blend and torch.equal(self.magnitude, magnitude)
+
+
+class GainCache:
+    """Keeps one gain, and copies of what it was made from, to be compared. Nothing that was given is written to."""
+
+    def __init__(self) -> None:
+        self._kept: _Kept | None = None
+
+    def gain(
+        self,
+        weight: Tensor,
+        lora_b: Tensor,
+        magnitude: Tensor,
+        blend: Tensor | None,
+        norm: Tensor,
+        *,
+        scale_weight: bool = False,
+    ) -> eager.Gain | None:
+        """The gain for `hybrid_linear`, with a scaled weight where asked for; None where it would not be used.
+
+        That is wherever the eager path does not run at once: in Triton, where a kernel does all of this on its way, and
+        while tracing; and in inference mode, whose tensors are of no use outside. `norm` is what `NormCache.norm`
+        gives, the same tensor until it changes.
+        """
+        runs_directly = backend.choose(weight) == "eager" and backend.runs_directly(weight, "eager")
+        if not runs_directly or torch.is_inference_mode_enabled():
+            return None
+        with torch.no_grad():
+            key: list[int] = []
+            scaled: tuple[Tensor, ...] = ()
+            if scale_weight:
+                key, scaled = weight_key(weight), (sample_of(weight, sample_step(weight)), lora_b)
+            with _lock:
+                kept = self._kept
+                if kept is not None and kept.holds(magnitude, blend, norm) and _is_same(kept, key, scaled):
+                    return kept.gain
+                # freed first, unless a graph still needs it
+                self._kept = kept = None
+                with backend.no_autocast(weight):
+                    gain = eager.gain_of(magnitude, blend, norm)
+                    if scale_weight:
+                        gain = eager.with_scaled_weight(gain, weight, lora_b)
+                blend = None if blend is None else blend.clone()
+                self._kept = _Kept(
+                    gain, norm, magnitude.clone(), blend, key, tuple(tensor.clone() for tensor in scaled)
+                )
+                return gain
+
+    def invalidate(self) -> None:
+        """Forget it: needed where `NormCache.invalidate` is."""
+        self._kept = None
+
+    def __getstate__(self) -> dict:
+        return {"_kept": None}
+
+
+def _is_same(kept: _Kept, key: list[int], scaled: tuple[Tensor, ...]) -> bool:
+    is_same = kept.key == key and len(kept.scaled) == len(scaled)
+    return is_same and all(torch.equal(*pair) for pair in zip(kept.scaled, scaled, strict=True))
