@@ -272,12 +272,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     threads = torch.get_num_threads()
+    # of the code that runs, which may be edited while it does
+    facts = {**provenance(), "seed": options.seed}
     try:
         if options.part == "control":
             # so small are its matrices that a second thread only waits; and one adds in one order on every machine
             torch.set_num_threads(1)
         found = control(options) if options.part == "control" else pretrained(options)
-        facts = {**provenance(), "seed": options.seed}
     except (ValueError, TypeError, OSError) as error:
         print(f"run_lost_in_the_middle: {error}", file=sys.stderr)
         return 2

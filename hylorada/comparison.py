@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import multiprocessing
+import os
 import statistics
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,9 +139,31 @@ def declare_length(model: PreTrainedModel, length: int | None) -> None:
 def run_in_own_process(
     comparison: Comparison, arm: Arm, learning_rate: float | None, seed: int, before: list[float] | None
 ) -> dict[str, Any]:
-    """`run_arm` in a fresh process: its peak memory is the arm's, and no arm inherits another one's state."""
-    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as executor:
-        return executor.submit(run_arm, comparison, arm, learning_rate, seed, before).result()
+    """`run_arm` in a fresh process: its peak memory is the arm's, and no arm inherits another one's state.
+
+    RuntimeError where that process is killed; it ends itself where this one is.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=context, initializer=_end_with_parent) as executor:
+        try:
+            return executor.submit(run_arm, comparison, arm, learning_rate, seed, before).result()
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                f"the process of {arm.name}, seed {seed}, was killed, most often for want of memory: try a smaller "
+                "--batch_size or --max_length, or --gradient_checkpointing; earlier rows are in the report"
+            ) from error
+
+
+def _end_with_parent() -> None:
+    """A process that was left alone would train on for hours, for nobody."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def run_arm(

@@ -4,15 +4,18 @@ import json
 import logging
 import math
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 from transformers import AutoConfig
 
-from hylorada import ablation, benchmark, cli
+from hylorada import ablation, benchmark, cli, comparison
 from hylorada.comparison import run_arm, run_in_own_process
 from hylorada.config import HyLoRADAConfig
 from hylorada.data import Document
@@ -247,6 +250,40 @@ def test_a_process_of_its_own_measures_the_same(run, monkeypatch):
     monkeypatch.setattr(benchmark, "_run", run_in_own_process)
     _, apart = run("--methods", "lora")
     assert apart[0]["losses_after"] == pytest.approx(here[0]["losses_after"], rel=1e-5)
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_an_arm_whose_process_is_killed_is_named(monkeypatch):
+    monkeypatch.setattr(comparison, "run_arm", die)
+    with pytest.raises(RuntimeError, match="the process of lora, seed 3, was killed, most often for want of memory"):
+        run_in_own_process(None, comparison.Arm("lora", "lora"), 1e-3, 3, None)
+
+
+def test_an_arm_ends_with_the_comparison_that_started_it():
+    script = (
+        "import os, sys, time\n"
+        "from hylorada import comparison\n"
+        "def linger(*_):\n"
+        "    print(os.getpid(), flush=True)\n"
+        "    time.sleep(600)\n"
+        "if __name__ == '__main__':\n"
+        "    comparison.run_arm = linger\n"
+        "    comparison.run_in_own_process(None, None, None, 0, None)\n"
+    )
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
+        file.write(script)
+        file.flush()
+        with subprocess.Popen([sys.executable, file.name], stdout=subprocess.PIPE, text=True) as parent:
+            arm = int(parent.stdout.readline())
+            parent.kill()
+    # its parent is no longer there to collect it, so that it is gone at once when it ends
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{arm}").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{arm}").exists()
 
 
 def test_the_ablation_starts_from_anywhere(tmp_path):
