@@ -19,9 +19,6 @@ from ..column_norm import eager as column_norm
 
 # below this gain the product z = y / g has lost its digits: it is computed again for those columns
 SMALL_GAIN = 2.0**-6
-# below this rank a product whose last axis is the rank fills no vector: laid down the other way it is up to five times
-# as fast, the turning over included
-THIN_RANK = 16
 
 
 class Gain(NamedTuple):
@@ -149,7 +146,7 @@ def backward(
             dx = dx.mul_(p_input) if need_x else nothing
     if need_b:
         weighted_h = h if p_delta is None else h * p_delta
-        if h.shape[1] < THIN_RANK:
+        if h.shape[1] < column_norm.THIN_RANK:
             db = _factor_gradient(weighted_h.T, dz, scale, lora_b.dtype).T.contiguous()
         else:
             db = _factor_gradient(dz.T, weighted_h, scale, lora_b.dtype)
@@ -279,7 +276,7 @@ def _product(
 
 
 def _times_lora_b(dz: Tensor, factor: Tensor) -> Tensor:
-    if dz.is_cpu and dz.dtype == torch.float32 and factor.shape[1] < THIN_RANK:
+    if dz.is_cpu and dz.dtype == torch.float32 and factor.shape[1] < column_norm.THIN_RANK:
         return F.linear(dz, factor.T.contiguous())
     return dz @ factor
 
