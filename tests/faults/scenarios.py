@@ -1,4 +1,4 @@
-"""What goes wrong in the world, done to real saves and loads of a tiny model; each says in a line what came of it."""
+"""What goes wrong in the world, done to real saves, loads and runs of a tiny model; each says what came of it."""
 
 import errno
 import json
@@ -16,6 +16,7 @@ import torch
 from hylorada import HyLoRADAConfig, HyLoRADAModel, storage
 from hylorada.integrations import peft_files
 from tests.hylorada.conftest import build_base, build_model
+from tests.hylorada.test_trainer_processes import bereaved, train
 
 SCENARIOS: dict[str, Callable[[Path], str]] = {}
 # between any two of these a process may be killed
@@ -281,6 +282,34 @@ def two_writers(folder: Path) -> str:
     assert codes == [0, 0], codes
     assert contents(folder) in wholes
     return "each waits for the other; every read finds one of the two, whole"
+
+
+def _bereaved(kind: str, folder: Path) -> str:
+    options = {"precision": "bf16", "optimizer": "adamw", "dropout": 0.3}
+    (folder / "whole").mkdir()
+    whole = train(folder / "whole/run", kind, **options)
+    killed = folder / "killed/run"
+    killed.parent.mkdir()
+    errors = bereaved(killed, kind, **options)
+    assert re.search(r"RuntimeError: .*(Connection (reset|closed) by peer|remote worker)", errors), errors[-4000:]
+    # the folder of a checkpoint under way would be here too
+    assert [path.name for path in killed.iterdir()] == ["checkpoint-1"]
+    numbers, parameters = train(killed, kind, **options)
+    assert len(numbers[0]["losses"]) == 2 and numbers == whole[0]
+    assert parameters.keys() == whole[1].keys()
+    assert all(parameters[name].equal(value) for name, value in whole[1].items())
+    return (
+        "the other ends within a minute with RuntimeError: ... Connection reset (or closed) by peer; the last "
+        "checkpoint is whole, and the run goes on from it bit for bit"
+    )
+
+
+SLOW = {}
+for _kind, _name in (("copied", "DDP"), ("sharded", "FSDP2")):
+    SLOW[f"kill -9 of one of two processes while they train ({_name}, gloo)"] = lambda folder, kind=_kind: _bereaved(
+        kind, folder
+    )
+SCENARIOS |= SLOW
 
 
 def run(name: str) -> str:

@@ -9,9 +9,9 @@ from tests.faults.scenarios import SCENARIOS, run
 PAGE = Path(__file__).parents[2] / "docs" / "faults.md"
 HEAD = """# Faults
 
-What happens when a save or a load goes wrong. After each of these the old state is intact: the tests check every
-byte of the folder, and that a base model was not changed. Written by `python -m tests.faults.table`; `tests/faults`
-holds the page to it.
+What happens when a save, a load or a training run goes wrong. After each of these the old state is intact: the
+tests check every byte of the folder, and that a base model was not changed. Written by
+`python -m tests.faults.table`; `tests/faults` holds the page to it.
 
 | fault | result |
 |---|---|

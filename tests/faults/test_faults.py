@@ -8,7 +8,7 @@ import torch
 if not hasattr(os, "fork"):
     pytest.skip("needs a system that forks", allow_module_level=True)
 
-from tests.faults.scenarios import SCENARIOS, run
+from tests.faults.scenarios import SCENARIOS, SLOW, run
 from tests.faults.table import HEAD, PAGE, row
 
 
@@ -21,7 +21,9 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in SCENARIOS]
+)
 def test_the_page_says_what_a_fault_does(name):
     assert row(name, run(name)) in PAGE.read_text(encoding="utf-8"), "run python -m tests.faults.table"
 

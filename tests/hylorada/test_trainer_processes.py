@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 
@@ -40,13 +42,18 @@ if kind == "sharded":
 loader = torch.utils.data.DataLoader(rows, batch_size=int(batch_size), collate_fn=collate)
 trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 config = TrainingConfig(num_epochs=2, gradient_accumulation_steps=2, mixed_precision=precision, show_progress=False,
-                        output_dir=folder, max_grad_norm=0.7, resume="auto")
+                        output_dir=folder, max_grad_norm=0.7, resume="auto", save_steps=1)
 chosen = torch.optim.SGD(trained, lr=0.2) if optimizer == "sgd" else None
 if stop == "stop":
     def terminate(*_):
         if torch.distributed.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
     register_optimizer_step_pre_hook(terminate)
+if stop == "kill":
+    def die(*_):
+        if torch.distributed.get_rank() == 1 and Path(folder, "checkpoint-1").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+    model.register_forward_pre_hook(die)
 result = HyLoRADATrainer(model, loader, loader, config=config, optimizer=chosen).train()
 rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 numbers = {"losses": [step.loss for step in result.steps], "tokens": [step.tokens for step in result.steps],
@@ -61,21 +68,52 @@ LAUNCH = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
 
 
-def train(folder, kind, precision="fp32", optimizer="sgd", dropout=0.0, stop="go"):
-    """The numbers of every process, and the trained parameters that the last checkpoint holds."""
+def prepared(folder, kind, precision="fp32", optimizer="sgd", dropout=0.0, stop="go"):
+    """The script's path and arguments, and its environment."""
     script = folder.parent / "train.py"
     script.write_text(SCRIPT)
-    processes = 1 if kind == "one" else 2
-    options = [folder, kind, precision, optimizer, 4 // processes, dropout, stop]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    command = [sys.executable, *(["-m", *LAUNCH] if processes == 2 else []), str(script), *map(str, options)]
+    options = [script, folder, kind, precision, optimizer, 4 if kind == "one" else 2, dropout, stop]
+    return [str(option) for option in options], environment
+
+
+def train(folder, kind, **options):
+    """The numbers of every process, and the trained parameters that the last checkpoint holds."""
+    script, environment = prepared(folder, kind, **options)
+    processes = 1 if kind == "one" else 2
+    command = [sys.executable, *(["-m", *LAUNCH] if processes == 2 else []), *script]
     outcome = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert outcome.returncode == 0, outcome.stderr[-4000:]
     numbers = [json.loads(path.read_text()) for path in sorted(folder.glob("numbers-*.json"))]
     assert [found["processes"] for found in numbers] == [processes] * processes
     saved = load_file(folder / numbers[0]["checkpoint"] / TENSORS_FILE)
     return numbers, {name: value for name, value in saved.items() if name.startswith("/parameters/")}
+
+
+def bereaved(folder, kind, patience=60, **options):
+    """Errors of process 0, after 1 was killed in step 2; no launcher is there to end it. `patience` in seconds."""
+    script, environment = prepared(folder, kind, stop="kill", **options)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    survivor, killed = (
+        subprocess.Popen(
+            [sys.executable, *script],
+            env=environment | address | {"RANK": rank, "LOCAL_RANK": rank},
+            stderr=(folder.parent / f"errors-{rank}.txt").open("w"),
+        )
+        for rank in "01"
+    )
+    try:
+        assert killed.wait(300) == -signal.SIGKILL, (folder.parent / "errors-1.txt").read_text()[-4000:]
+        assert survivor.wait(patience) == 1
+    finally:
+        survivor.kill()
+        survivor.wait()
+        killed.kill()
+        killed.wait()
+    return (folder.parent / "errors-0.txt").read_text()
 
 
 @pytest.fixture(scope="module")
