@@ -3,9 +3,6 @@
 import torch
 from torch import Tensor
 
-# fp32 sums of n terms err by about sqrt(n) half-ulps
-FP32_ULP = 2.0**-23
-
 
 def relative_error(result: Tensor, truth: Tensor, amplitude: Tensor | None = None) -> float:
     """|| result - truth || / || amplitude || in fp64; the amplitude of a sum is the root of its terms' squares.
@@ -22,15 +19,16 @@ def relative_error(result: Tensor, truth: Tensor, amplitude: Tensor | None = Non
 
 
 def allowed_error(floor: float, dtype: torch.dtype, *, factor: float, independent: int, length: int) -> float:
-    """factor x the floor, plus the fp32 rounding of a sum of `length` terms.
+    """factor x the floor, plus the rounding of a sum of `length` terms: in fp32, or in fp64 for fp64.
 
     `floor` is the error of the ideal result, at least the rounding of `dtype`. The norm of n independent roundings
     scatters by 1 / sqrt(2 n): three such deviations are granted, which matters for few values only.
     """
     # a rounding error is spread evenly over half a unit either way: its root mean square is about a fifth of the unit
     floor = max(floor, torch.finfo(dtype).eps / 5)
-    summation = 0.0 if dtype == torch.float64 else FP32_ULP * max(length, 1) ** 0.5
-    return factor * floor * (1 + 3 / (2 * max(independent, 1)) ** 0.5) + summation
+    # sums of n terms err by about sqrt(n) half units; an fp64 truth does so no less than an fp64 result
+    unit = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    return factor * floor * (1 + 3 / (2 * max(independent, 1)) ** 0.5) + unit * max(length, 1) ** 0.5
 
 
 def assert_within(name: str, result: Tensor, truth: Tensor, allowed: float, amplitude: Tensor | None = None) -> None:

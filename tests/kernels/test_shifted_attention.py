@@ -11,14 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hylorada_kernels import backend as dispatch
 from hylorada_kernels import testing, using
 from hylorada_kernels.ops.shifted_attention import eager, op, shifted_attention
-from hylorada_kernels.testing import allowed_error, assert_within, interpreter, relative_error
+from hylorada_kernels.testing import interpreter
 from hylorada_kernels.testing.attention import (
     attended_pairs,
-    attention_amplitudes,
     attention_inputs,
-    reference_attention,
-    sdpa_attention,
 )
+from tests.kernels.attention_parity import assert_parity, run
 from tests.kernels.test_mutations import mutant_of
 
 G = 24
@@ -59,39 +57,6 @@ def inputs_of(mode, causal, heads, length, sinks, pad, head_dim, dtype=torch.flo
         lengths=[length, length // 2] if pad == "right" else None,
         documents=[third, 0, length - third] if pad == "packed" else None, **options,
     )  # fmt: skip
-
-
-def run(given, backend, **options):
-    """Output and gradients of one forward and backward pass."""
-    leaves = given.to(given.q.dtype)
-    with using(backend):
-        y = shifted_attention(**leaves.arguments(), **options)
-        y.backward(leaves.do)
-    return y.detach(), leaves.gradients()
-
-
-def assert_parity(given, backend):
-    """Within 2e-6 (output) and 1e-5 (gradients) in fp32; within twice the error of PyTorch's attention in 16 bits."""
-    dtype = given.q.dtype
-    wide = given.to(torch.float64)
-    truth = reference_attention(wide)
-    truth.backward(wide.do)
-    amplitude, amplitudes = attention_amplitudes(wide)
-    y, gradients = run(given, backend)
-    low = given.to(dtype)
-    theirs = sdpa_attention(low)
-    theirs.backward(low.do)
-    results = {"out": (y, truth, theirs, amplitude)}
-    for name, true in wide.gradients().items():
-        results[name] = gradients[name], true, low.gradients()[name], amplitudes[name]
-    for name, (result, true, own, size) in results.items():
-        assert result.dtype == dtype
-        allowed = allowed_error(
-            relative_error(own, true, size), dtype, factor=2.0, independent=result.numel(), length=given.q.shape[-1]
-        )
-        if dtype == torch.float32:
-            allowed = min(allowed, 2e-6 if name == "out" else 1e-5)
-        assert_within(name, result, true, allowed, size)
 
 
 @pytest.mark.parametrize("case", cases(), ids=str)

@@ -42,6 +42,9 @@ FOUND = """
   `test_norm_survives_cancellation_within_the_update`.
 - RoPE scaling of a plain LoRA was lost on the way through a PEFT export, as no tensor stood for it;
   `test_parts_without_tensors_come_back_from_an_export`.
+- Beyond the budgets of the tests of the ops a drawn case is granted the rounding of a norm whose terms cancel, of a
+  beta near 1, and of results of few values; in Triton also what a large bias hides of a kept output. Each has its
+  smallest case in `tests/properties/test_properties.py`. In 64 bits the sums of the truth round too.
 """
 
 # name: (the cases, the check of one, how many, kind)
@@ -52,19 +55,19 @@ PROPERTIES = {
     "hybrid_linear, interpreted": (
         st.tuples(linear_cases(TRITON), ROUTES),
         lambda case: check_linear(*case[0], backend="triton", route=case[1]),
-        700,
+        650,
         "interpreted",
     ),
     "column_norm, interpreted": (
         linear_cases(TRITON),
         lambda case: check_norm(case[0], "triton"),
-        1_250,
+        800,
         "interpreted",
     ),
     "shifted_attention, interpreted": (
         attention_cases(TRITON),
         lambda case: check_attention(case, "triton"),
-        100,
+        600,
         "interpreted",
     ),
     "whole models": (model_cases(), check_model, 2_000, "whole model"),

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from hylorada_kernels import backend as dispatch
 from hylorada_kernels import testing
-from hylorada_kernels.testing import interpreter
+from hylorada_kernels.testing import interpreter, linear_inputs
+from tests.kernels.parity import assert_parity
 from tests.properties.properties import (
     attention_cases,
     check_attention,
@@ -20,6 +21,41 @@ from tests.properties.properties import (
 
 fixed = {"deadline": None, "derandomize": True, "database": None, "suppress_health_check": list(HealthCheck)}
 INTERPRETED = [torch.float32, torch.float16, torch.bfloat16]
+
+
+# the smallest cases of what a drawn case is granted beyond the budget of the tests of the ops; without it they fail
+
+
+def only_granted_where_drawn(given, backend="eager", **options):
+    with pytest.raises(AssertionError, match="exceeds the budget"):
+        assert_parity(given, backend, **options)
+    assert_parity(given, backend, drawn=True, **options)
+
+
+def small(*sizes, **options):
+    return linear_inputs(*sizes, **{"bias": False, "token_scale": False} | options)
+
+
+def test_a_norm_of_terms_that_cancel_is_granted_their_rounding():
+    given = small(1, 1, 2, 1, blend=False, scale=1.0)
+    given.lora_b = -(1 - 2.0**-7) * given.weight / given.lora_a
+    only_granted_where_drawn(given)
+
+
+def test_a_beta_near_one_is_granted_its_rounding():
+    given = small(1, 2, 1, 1)
+    given.blend.fill_(2.9)
+    given.magnitude *= 256
+    given.lora_b.zero_()
+    only_granted_where_drawn(given)
+
+
+@pytest.mark.parametrize("dtype, tokens, columns, seed", [(torch.bfloat16, 1, 2, 159), (torch.float16, 5, 1, 95)])
+def test_few_roundings_may_be_unlucky_together(dtype, tokens, columns, seed):
+    sizes, options = {1: ((2, 1), {}), 5: ((1, 5), {"token_scale_target": "delta"})}[tokens]
+    only_granted_where_drawn(
+        small(tokens, columns, *sizes, dtype=dtype, magnitude=False, token_scale=True, seed=seed, **options)
+    )
 
 
 @settings(max_examples=300, **fixed)
@@ -54,6 +90,13 @@ def interpreted():
     if not dispatch.HAS_TRITON or not interpreter.supported():
         pytest.skip(interpreter.requires_interpreter)
     testing.interpret()
+
+
+def test_a_bias_far_above_the_product_hides_its_digits_in_a_kept_output(interpreted):
+    given = small(1, 1, 1, 1, bias=True)
+    given.x *= 2.0**-6
+    only_granted_where_drawn(given, "triton", route="one_pass", save_output=True)
+    assert_parity(given, "triton", route="one_pass", save_output=False)
 
 
 @settings(max_examples=15, **fixed)

@@ -1,0 +1,43 @@
+"""Parity of shifted_attention with the fp64 truth: what the tests of the op and of random cases assert."""
+
+import torch
+
+from hylorada_kernels import using
+from hylorada_kernels.ops.shifted_attention import shifted_attention
+from hylorada_kernels.testing import allowed_error, assert_within, relative_error
+from hylorada_kernels.testing.attention import attention_amplitudes, reference_attention, sdpa_attention
+
+
+def run(given, backend, **options):
+    """Output and gradients of one forward and backward pass."""
+    leaves = given.to(given.q.dtype)
+    with using(backend):
+        y = shifted_attention(**leaves.arguments(), **options)
+        y.backward(leaves.do)
+    return y.detach(), leaves.gradients()
+
+
+def assert_parity(given, backend):
+    """Within 2e-6 (output) and 1e-5 (gradients) in fp32; within twice the error of PyTorch's attention in 16 bits."""
+    dtype = given.q.dtype
+    wide = given.to(torch.float64)
+    truth = reference_attention(wide)
+    truth.backward(wide.do)
+    amplitude, amplitudes = attention_amplitudes(wide)
+    y, gradients = run(given, backend)
+    low = given.to(dtype)
+    theirs = sdpa_attention(low)
+    theirs.backward(low.do)
+    results = {"out": (y, truth, theirs, amplitude)}
+    for name, true in wide.gradients().items():
+        results[name] = gradients[name], true, low.gradients()[name], amplitudes[name]
+    for name, (result, true, own, size) in results.items():
+        assert result.dtype == dtype
+        allowed = allowed_error(
+            relative_error(own, true, size), dtype,
+            # sums run over the head dim, and over the tokens
+            factor=2.0, independent=result.numel(), length=given.q.shape[-1] + given.q.shape[-2],
+        )  # fmt: skip
+        if dtype == torch.float32:
+            allowed = min(allowed, 2e-6 if name == "out" else 1e-5)
+        assert_within(name, result, true, allowed, size)
