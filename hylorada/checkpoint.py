@@ -5,7 +5,6 @@ A folder `checkpoint-<step>` takes its name when all of it is on the disk, and l
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -16,6 +15,8 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from .files import record_checksum, sha256_of, sync
 
 FORMAT_VERSION = 1
 TENSORS_FILE = "training.safetensors"
@@ -42,9 +43,9 @@ def save_checkpoint(output_dir: str | os.PathLike, step: int, state: dict[str, A
         scratch.mkdir()
         _write(scratch, state)
         for path in (scratch / TENSORS_FILE, scratch / STATE_FILE, scratch):
-            _sync(path)
+            sync(path)
         os.rename(scratch, checkpoint)
-        _sync(output_dir)
+        sync(output_dir)
     except BaseException as error:
         shutil.rmtree(scratch, ignore_errors=True)
         if isinstance(error, (OSError, SafetensorError)):
@@ -76,9 +77,9 @@ def load_checkpoint(directory: str | os.PathLike) -> dict[str, Any]:
             f"{state_path} has format version {version!r}, this hylorada reads up to {FORMAT_VERSION}; "
             "install a newer hylorada"
         )
-    if record.pop("checksum", None) != _checksum(record):
+    if record.pop("checksum", None) != record_checksum(record):
         raise ValueError(f"{state_path} is damaged or was edited: its checksum does not fit; {_TAKE_ANOTHER}")
-    if _file_checksum(tensors_path) != record["tensors_sha256"]:
+    if sha256_of(tensors_path) != record["tensors_sha256"]:
         raise ValueError(f"{tensors_path} is damaged: its checksum does not fit; {_TAKE_ANOTHER}")
     return _unpack(record["state"], load_file(tensors_path))
 
@@ -102,9 +103,9 @@ def _write(folder: Path, state: dict[str, Any]) -> None:
     record = {
         "format_version": FORMAT_VERSION,
         "state": packed,
-        "tensors_sha256": _file_checksum(folder / TENSORS_FILE),
+        "tensors_sha256": sha256_of(folder / TENSORS_FILE),
     }
-    record["checksum"] = _checksum(record)
+    record["checksum"] = record_checksum(record)
     (folder / STATE_FILE).write_text(json.dumps(record) + "\n", encoding="utf-8")
 
 
@@ -156,7 +157,7 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _remove(output_dir: Path, folders: list[Path]) -> None:
     for folder in folders:
         os.rename(folder, output_dir / f"{_SCRATCH[1]}{folder.name}")
-    _sync(output_dir)
+    sync(output_dir)
     _remove_leftovers(output_dir)
 
 
@@ -165,26 +166,3 @@ def _remove_leftovers(output_dir: Path) -> None:
     for path in output_dir.iterdir():
         if path.name.startswith(_SCRATCH) and path.is_dir():
             shutil.rmtree(path)
-
-
-def _sync(path: Path) -> None:
-    # Windows can neither open a folder nor sync a file that is open for reading
-    if os.name == "nt" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _file_checksum(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _checksum(record: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()

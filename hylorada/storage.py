@@ -22,6 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from .files import record_checksum, sha256_of, sync
+
 try:
     import fcntl
 except ImportError:  # Windows: saves into one folder must not overlap there
@@ -81,7 +83,9 @@ def replacing_files(directory: str | os.PathLike, obsolete: tuple[str, ...] = ()
                 new.mkdir()
                 old.mkdir()
                 yield new
-                _sync(new)
+                for path in new.rglob("*"):
+                    if path.is_file():
+                        sync(path)
                 _exchange(directory, new, old, obsolete)
     except BaseException as error:
         if is_new and directory.is_dir() and not any(directory.iterdir()):
@@ -106,8 +110,8 @@ def write_adapter(directory: Path, adapter: SavedAdapter) -> None:
         "tensors_sha256": hashlib.sha256(data).hexdigest(),
     }
     if adapter.merged:
-        record["full_model_sha256"] = {path.name: _sha256_of(path) for path in _full_model_files(directory)}
-    record["checksum"] = _checksum(record)
+        record["full_model_sha256"] = {path.name: sha256_of(path) for path in _full_model_files(directory)}
+    record["checksum"] = record_checksum(record)
     (directory / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
@@ -150,7 +154,7 @@ def check_full_model(directory: str | os.PathLike) -> None:
     # records of the first releases do not tell
     for name, digest in _read_record(directory).get("full_model_sha256", {}).items():
         path = directory / Path(name).name
-        if not path.is_file() or _sha256_of(path) != digest:
+        if not path.is_file() or sha256_of(path) != digest:
             raise ValueError(
                 f"the merged model in {directory} is damaged: {path.name} is not what was saved; save or copy it again"
             )
@@ -243,25 +247,13 @@ def _read_record(directory: Path) -> dict[str, Any]:
             f"{path} has format version {version}, this hylorada reads up to {FORMAT_VERSION}; install a newer hylorada"
         )
     checksum = record.pop("checksum", None)
-    if checksum != _checksum(record):
+    if checksum != record_checksum(record):
         raise ValueError(f"{path} is damaged or was edited: its checksum does not fit; save or copy the adapter again")
     return record
 
 
-def _checksum(record: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
 def _full_model_files(directory: Path) -> list[Path]:
     return sorted(path for pattern in FULL_MODEL_FILES for path in directory.glob(pattern))
-
-
-def _sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _sampled_row_norms(tensor: Tensor) -> list[float]:
@@ -278,13 +270,6 @@ def _spread(items: Any, count: int) -> list:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _sync(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
 
 
 def _exchange(directory: Path, new: Path, old: Path, obsolete: tuple[str, ...]) -> None:

@@ -13,8 +13,8 @@ LIBRARY = sorted((ROOT / "hylorada").rglob("*.py"))
 
 # what a module of hylorada may import of hylorada: modules of lower floors, and its own floor's from the list on
 FLOORS = [
-    ["assets", "checkpoint", "config", "hub", "memory", "provenance", "row_attention", "statistics", "trackers"],
-    ["sources", "pretrained", "position", "report", "storage"],
+    ["config", "files", "hub", "memory", "provenance", "row_attention", "statistics", "trackers"],
+    ["assets", "checkpoint", "sources", "pretrained", "position", "report", "storage"],
     ["data"],
     ["daa", "embeddings", "landmark", "lora", "perplexity", "rope", "run_state"],
     ["retrieval"],

@@ -215,7 +215,7 @@ def _rewrite(folder: Path, **fields) -> None:
     path = folder / storage.RECORD_FILE
     record = json.loads(path.read_text()) | fields
     record.pop("checksum")
-    path.write_text(json.dumps(record | {"checksum": storage._checksum(record)}))
+    path.write_text(json.dumps(record | {"checksum": storage.record_checksum(record)}))
 
 
 SCENARIOS |= {

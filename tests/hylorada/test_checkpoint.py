@@ -91,7 +91,7 @@ def test_other_names_are_no_checkpoints(tmp_path):
 def test_every_file_is_on_the_disk_before_the_name_and_the_name_before_the_removal(tmp_path, monkeypatch):
     save_checkpoint(tmp_path, 1, STATE)
     events = []
-    sync, rename, rmtree = checkpoint._sync, os.rename, shutil.rmtree
+    sync, rename, rmtree = checkpoint.sync, os.rename, shutil.rmtree
 
     def record(kind, original):
         def call(path, *rest, **options):
@@ -100,7 +100,7 @@ def test_every_file_is_on_the_disk_before_the_name_and_the_name_before_the_remov
 
         return call
 
-    monkeypatch.setattr(checkpoint, "_sync", record("sync", sync))
+    monkeypatch.setattr(checkpoint, "sync", record("sync", sync))
     monkeypatch.setattr(os, "rename", record("rename", rename))
     monkeypatch.setattr(shutil, "rmtree", record("remove", rmtree))
     save_checkpoint(tmp_path, 2, STATE, keep=1)
@@ -116,7 +116,7 @@ def test_every_file_is_on_the_disk_before_the_name_and_the_name_before_the_remov
     ]
 
 
-@pytest.mark.parametrize("failing", ["save_file", "_sync", "_file_checksum"])
+@pytest.mark.parametrize("failing", ["save_file", "sync", "sha256_of"])
 def test_a_full_disk_is_an_os_error_and_earlier_checkpoints_stay(tmp_path, monkeypatch, failing):
     save_checkpoint(tmp_path, 1, STATE)
 

@@ -149,7 +149,7 @@ def rewrite(folder, change=lambda record: None, tensors=None):
     record["tensors_sha256"] = storage.hashlib.sha256(data).hexdigest()
     change(record)
     record.pop("checksum", None)
-    record["checksum"] = storage._checksum(record)
+    record["checksum"] = storage.record_checksum(record)
     (folder / RECORD).write_text(json.dumps(record))
 
 
