@@ -10,6 +10,7 @@ import pytest
 from benchmarks.paired import geometric_mean, paired_times
 from benchmarks.plots import draw
 from hylorada.provenance import provenance
+from hylorada.tables import markdown_table
 
 Row = dict[str, Any]
 _tables: dict[str, list[Row]] = defaultdict(list)
@@ -82,9 +83,8 @@ def _geometric_means(rows: list[Row], keys: list[str]) -> list[Row]:
 
 def _markdown(rows: list[Row]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [names, ["---"] * len(names)]
-    lines += [[_cell(row[name]) if name in row else "" for name in names] for row in rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    lines = [[_cell(row[name]) if name in row else "" for name in names] for row in rows]
+    return markdown_table([names, *lines]) + "\n"
 
 
 def _cell(value: Any) -> str:

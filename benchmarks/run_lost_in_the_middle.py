@@ -27,6 +27,7 @@ from hylorada.data import IGNORED_LABEL, collate, load_documents, split_document
 from hylorada.evaluation import KeyValueTask, evaluate_lost_in_the_middle, key_value_retrieval
 from hylorada.pretrained import SMOLLM2, load_pretrained
 from hylorada.provenance import provenance
+from hylorada.tables import markdown_table
 from hylorada.trainer import HyLoRADATrainer, TrainingConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -216,24 +217,24 @@ def report_text(found: dict[str, Any], facts: dict[str, Any], picture: str) -> s
     ]
     for quantity, named, levels in curves(found):
         depths = named[0][1]["depths"]
-        lines += [
-            f"| {quantity} | " + " | ".join(f"{depth:.2f}" for depth in depths) + " | worst depth | gap |",
-            "| --- " * (len(depths) + 3) + "|",
-        ]
+        table = [[quantity, *(f"{depth:.2f}" for depth in depths), "worst depth", "gap"]]
         for name, curve in named:
             cells = [_cell(mean, interval) for mean, interval in zip(curve["mean"], curve["interval"], strict=True)]
             gap = _cell(curve["middle_gap"]["mean"], curve["middle_gap"]["interval"])
-            lines.append(f"| {name} | {' | '.join(cells)} | {curve['worst_depth']:.2f} | {gap} |")
-        lines += [f"| {name} |{f' {level:.3f} |' * len(depths)} | |" for name, level in levels.items()]
-        lines.append("")
+            table.append([name, *cells, f"{curve['worst_depth']:.2f}", gap])
+        table += [[name, *[f"{level:.3f}"] * len(depths), "", ""] for name, level in levels.items()]
+        lines += [markdown_table(table), ""]
     if "position_perplexity" in found:
         by_position = found["position_perplexity"]
         lines += [
             "Perplexity of running text by the position of the predicted token: no measure of retrieval.",
             "",
-            "| from position | " + " | ".join(map(str, by_position["start"])) + " |",
-            "| --- " * (len(by_position["start"]) + 1) + "|",
-            "| perplexity | " + " | ".join(f"{value:.2f}" for value in by_position["perplexity"]) + " |",
+            markdown_table(
+                [
+                    ["from position", *map(str, by_position["start"])],
+                    ["perplexity", *(f"{value:.2f}" for value in by_position["perplexity"])],
+                ]
+            ),
             "",
         ]
     return "\n".join([*lines, f"![by depth]({picture})", ""])

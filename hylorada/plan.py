@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from .config import PRESETS, HyLoRADAConfig, whole_number
 from .footprint import LASTING, Footprint, training_footprint
 from .model import HyLoRADAModel
 from .pretrained import load_config
+from .tables import markdown_table
 
 GIB = 2**30
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -63,7 +64,7 @@ class Plan:
             rows.append((name, _mib(after), _mib(count.at_peak.get(name, 0))))
         total = sum(count.kept.values()) + sum(count.lasting.values()) - count.lasting["gradients"]
         rows.append((f"sum; the peak is in the {count.stage}", _mib(total), _mib(self.peak)))
-        return _markdown(rows)
+        return markdown_table(rows)
 
     def alternatives(self, show_progress: bool = False) -> list[tuple[str, Plan]]:
         """What could be switched on, each alone, and all of it together, with the plan that it gives; smallest last.
@@ -103,7 +104,7 @@ class Plan:
         for name, other in [("nothing", self), *self.alternatives(show_progress)]:
             fits = "" if other.fits is None else "yes" if other.fits else "no"
             rows.append((name, _mib(other.peak), _mib(self.peak - other.peak), fits))
-        return _markdown(rows)
+        return markdown_table(rows)
 
 
 def plan(
@@ -220,14 +221,3 @@ def _with_nf4_base(counted: Footprint, model: nn.Module) -> Footprint:
 
 def _mib(size: int) -> str:
     return f"{size / 2**20:,.1f}"
-
-
-def _markdown(rows: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-
-    def line(row: tuple[str, ...]) -> str:
-        cells = zip(row, widths, strict=True)
-        return " | ".join(text.rjust(width) if i else text.ljust(width) for i, (text, width) in enumerate(cells))
-
-    rule = [f"{'-' * (width + 1)}:" if i else "-" * (width + 2) for i, width in enumerate(widths)]
-    return "\n".join([f"| {line(rows[0])} |", f"|{'|'.join(rule)}|", *(f"| {line(row)} |" for row in rows[1:])])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .statistics import Difference, paired_difference
+from .tables import markdown_table
 
 Row = Mapping[str, Any]
 Searches = Mapping[str, Mapping[float, float]]
@@ -73,14 +74,14 @@ def write_report(
 
 
 def comparison_table(rows: Sequence[Row]) -> str:
-    """Return the table of methods in Markdown, aligned, so that it reads on a terminal too."""
-    return _markdown(_comparison(rows))
+    """Return the table of methods in Markdown."""
+    return markdown_table(_comparison(rows))
 
 
 def difference_table(rows: Sequence[Row], reference: str | None = None) -> str:
     """Return the table of differences from the reference in Markdown; empty without two trained methods."""
     cells = _difference_cells(rows, reference)
-    return _markdown(cells) if cells else ""
+    return markdown_table(cells) if cells else ""
 
 
 def differences(rows: Sequence[Row], reference: str | None = None) -> dict[str, tuple[Difference, Difference | None]]:
@@ -110,7 +111,7 @@ def report_text(rows: Sequence[Row], searches: Searches | None = None, reference
         "",
     ]
     if searches:
-        lines += ["## Learning rates", "", _markdown(_search_cells(searches)), "", _SEARCH, ""]
+        lines += ["## Learning rates", "", markdown_table(_search_cells(searches)), "", _SEARCH, ""]
     meanings = _meanings(rows)
     if meanings:
         lines += ["## Methods", "", *(f"- **{name}**: {meaning}" for name, meaning in meanings.items()), ""]
@@ -397,21 +398,6 @@ def _rows_of(axes: Any, names: list[str]) -> None:
 
 def _number(value: float | None, style: str) -> str:
     return "-" if value is None else format(value, style)
-
-
-def _markdown(cells: Cells) -> str:
-    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    lines = [_table_line(line, widths) for line in cells]
-    rule = "|".join("-" * (width + 1) + ":" if column else "-" * (width + 2) for column, width in enumerate(widths))
-    return "\n".join([lines[0], f"|{rule}|", *lines[1:]])
-
-
-def _table_line(line: Sequence[str], widths: Sequence[int]) -> str:
-    padded = [
-        text.rjust(width) if column else text.ljust(width)
-        for column, (text, width) in enumerate(zip(line, widths, strict=True))
-    ]
-    return f"| {' | '.join(padded)} |"
 
 
 def _html_table(cells: Cells) -> str:
