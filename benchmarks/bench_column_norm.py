@@ -14,11 +14,10 @@ import torch
 from benchmarks.memory import MIB, peak_bytes
 from benchmarks.paired import median_ratio, ratio_spread
 from benchmarks.roofline import column_norm_work, measured_limits
-from benchmarks.shapes import DEVICE, MODEL_LAYERS
+from benchmarks.shapes import DEVICE, DTYPES, MODEL_LAYERS
 from hylorada_kernels import column_norm, using
 from hylorada_kernels.testing import relative_error
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SECONDS_PER_CASE = 6.0
 
 

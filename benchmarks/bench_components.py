@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from benchmarks.paired import median_ratio
+from benchmarks.shapes import DTYPES
 from hylorada.config import HyLoRADAConfig
 from hylorada.model import HyLoRADAModel
 from hylorada.pretrained import SMOLLM2, load_pretrained
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOKENS = 2048
 COMPONENTS = {
     "position bias": {"position_bias_enabled": True},

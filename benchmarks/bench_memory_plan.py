@@ -19,8 +19,8 @@ from benchmarks.memory import MIB, peak_bytes
 from hylorada.baselines import get_baseline_model
 from hylorada.evaluation import batch_loss_sum
 from hylorada.memory import peak_memory
-from hylorada.plan import DTYPES, plan
-from hylorada.pretrained import SMOLLM2, load_config
+from hylorada.plan import plan
+from hylorada.pretrained import DTYPES, SMOLLM2, load_config
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SETTINGS = {

@@ -18,13 +18,13 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from benchmarks.paired import median_ratio
+from benchmarks.shapes import DTYPES
 from hylorada.data import load_documents, token_blocks
 from hylorada.integrations.peft import accelerate
 from hylorada.pretrained import SMOLLM2, load_pretrained
 from hylorada_kernels.testing import relative_error
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOKENS = 512
 # norm-wise, of the gradients of all adapters, after 30 layers that round in their own ways
 AGREEMENT = {"fp32": 1e-4, "bf16": 0.1}

@@ -23,13 +23,12 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from benchmarks.memory import MIB
 from benchmarks.paired import median_ratio, ratio_spread
-from benchmarks.shapes import DEVICE
+from benchmarks.shapes import DEVICE, DTYPES
 from hylorada.memory import peak_memory
 from hylorada_kernels.ops.shifted_attention import shifted_attention
 from hylorada_kernels.testing import relative_error
 
 HEADS, HEAD_DIM, GROUP, SHIFT = 8, 64, 2048, 1024
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # norm-wise, of results that two implementations round in their own ways
 AGREEMENT = {"fp32": 1e-5, "bf16": 1e-2}
 SECONDS_PER_CASE = 40.0

@@ -25,12 +25,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from hylorada.data import IGNORED_LABEL, collate, load_documents, split_documents, token_blocks
 from hylorada.evaluation import KeyValueTask, evaluate_lost_in_the_middle, key_value_retrieval
-from hylorada.pretrained import SMOLLM2, load_pretrained
+from hylorada.pretrained import DTYPES, SMOLLM2, load_pretrained
 from hylorada.provenance import provenance
 from hylorada.tables import markdown_table
 from hylorada.trainer import HyLoRADATrainer, TrainingConfig
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # symbols of either kind, and pairs of one list
 SYMBOLS = 64
 PAIRS = 32

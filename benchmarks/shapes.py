@@ -1,4 +1,4 @@
-"""Layer shapes that the benchmarks use: (tokens, in-features, out-features)."""
+"""What the benchmarks run over: layer shapes (tokens, in-features, out-features), dtypes, the device."""
 
 import torch
 
@@ -13,6 +13,7 @@ LAYERS = (
     (2048, 896, 896),
 )
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # layers of models: on the CPU with few tokens, so that a round stays short; a 70B model's on a GPU only
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _MODELS = {

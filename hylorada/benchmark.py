@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from .baselines import METHODS
-from .comparison import DTYPES, Arm, Comparison, check_groups, declare_length, run_in_own_process
+from .comparison import Arm, Comparison, check_groups, declare_length, run_in_own_process
 from .data import Document, load_documents, pad_token_id, split_documents, token_blocks
 from .model import HyLoRADAModel
-from .pretrained import SMOLLM2, load_pretrained
+from .pretrained import DTYPES, SMOLLM2, load_pretrained
 from .provenance import provenance
 from .report import comparison_table, difference_table, write_report
 from .sparse import find_mlp_outputs
@@ -278,7 +278,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that every comparison has."""
     add = parser.add_argument
     add("--model", default=SMOLLM2, help=f'"{SMOLLM2}" (default), a directory with a saved model, or the id of a hub')
-    add("--dtype", choices=DTYPES, default="fp32", help="of the base model's weights; adapters are always fp32")
+    add(
+        "--dtype",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="of the base model's weights; adapters are always fp32",
+    )
     add("--dataset", default="kjv", help='"kjv" (default), another name that load_documents knows, or a path')
     add("--max_length", type=int, default=512, help="tokens of a block, in training and in evaluation")
     add("--num_train", type=int, help="training blocks, evenly spread; default: all")

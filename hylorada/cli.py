@@ -114,8 +114,8 @@ def _describe(run: Run) -> None:
     from transformers import AutoModelForCausalLM
 
     from .model import HyLoRADAModel
-    from .plan import DTYPES, plan
-    from .pretrained import load_config
+    from .plan import plan
+    from .pretrained import DTYPES, load_config
 
     config = load_config(run.model.name)
     with torch.device("meta"):
@@ -152,8 +152,7 @@ def _train(run: Run) -> None:
     from .data import make_dataloader, pack_blocks, pad_token_id, token_blocks
     from .evaluation import check_packing
     from .model import HyLoRADAModel
-    from .plan import DTYPES
-    from .pretrained import load_pretrained
+    from .pretrained import DTYPES, load_pretrained
     from .run_file import ADAPTER_FOLDER
     from .trainer import HyLoRADATrainer
 
@@ -290,7 +289,7 @@ def merge(
     """Put an adapter into its base model, and save the whole in transformers' format with a report."""
     from .data import token_blocks
     from .export import export_merged
-    from .plan import DTYPES
+    from .pretrained import DTYPES
 
     model, tokenizer, run = _load_adapter(adapter, base, "fp32")
     length = run.data.max_length if run else 512
@@ -470,8 +469,7 @@ def _load(name: str, base: str | None, dtype: str | None) -> tuple[Any, Any, Run
     from . import storage
     from .integrations.peft_files import CONFIG_FILE, import_adapter
     from .model import HyLoRADAModel
-    from .plan import DTYPES
-    from .pretrained import load_pretrained
+    from .pretrained import DTYPES, load_pretrained
     from .run_file import ADAPTER_FOLDER, RUN_FILE, Run
 
     folder, run = Path(name), None

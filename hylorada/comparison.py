@@ -24,11 +24,9 @@ from .config import PRESETS, HyLoRADAConfig
 from .data import collate, make_dataloader, pad_token_id
 from .evaluation import batch_loss_sum, predicted_tokens
 from .memory import PeakMemory, peak_memory
-from .pretrained import load_pretrained
+from .pretrained import DTYPES, load_pretrained
 from .s2_attention import SMALLEST_AUTO_GROUP
 from .trainer import HyLoRADATrainer, StepRecord, TrainingConfig
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,13 @@ from hylorada_kernels.ops.hybrid_linear import op as hybrid_linear_op
 from hylorada_kernels.ops.shifted_attention import op as shifted_attention_op
 
 from .evaluation import batch_loss_sum
+from .pretrained import DTYPES
 
 LOGITS = "logits and loss"
 TEMPORARIES = "temporaries"
 # what stays from step to step
 LASTING = ("weights", "buffers", "adapter", "kept norms", "optimizer", "gradients")
 
-_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _ATEN = torch.ops.aten
 _SCALARS = (_ATEN._local_scalar_dense.default, _ATEN.is_nonzero.default, _ATEN.item.default)
 _OWN: Any = torch.ops.hylorada
@@ -77,7 +77,7 @@ def training_footprint(
     """
     ledger = _Ledger()
     labels = dict.fromkeys(map(id, adapter), "adapter")
-    step = _Step(model, ledger, batch_size, seq_len, _AUTOCAST[mixed_precision])
+    step = _Step(model, ledger, batch_size, seq_len, DTYPES[mixed_precision])
     with ExitStack() as stack:
         fakes = _fakes(step, ledger, labels)
         stack.enter_context(_train_mode(model))
@@ -93,9 +93,7 @@ def training_footprint(
 class _Step(nn.Module):
     """The whole step inside one forward, so that a recomputation finds the parameters that the forward had."""
 
-    def __init__(
-        self, model: nn.Module, ledger: _Ledger, batch_size: int, seq_len: int, autocast: torch.dtype | None
-    ) -> None:
+    def __init__(self, model: nn.Module, ledger: _Ledger, batch_size: int, seq_len: int, autocast: torch.dtype) -> None:
         super().__init__()
         self.model, self.ledger, self.autocast = model, ledger, autocast
         # an ordinary tensor: transformers takes another mask where the tokens are fake
@@ -112,7 +110,7 @@ class _Step(nn.Module):
         ledger.begin("forward", LOGITS)
         with (
             nullcontext() if trained else torch.no_grad(),
-            torch.autocast("cpu", dtype=self.autocast, enabled=self.autocast is not None),
+            torch.autocast("cpu", dtype=self.autocast, enabled=self.autocast != torch.float32),
         ):
             loss, _ = batch_loss_sum(self.model, self.batch)
         self.kept = Counter(ledger.held)

@@ -17,11 +17,10 @@ from .baselines import get_baseline_model
 from .config import PRESETS, HyLoRADAConfig, whole_number
 from .footprint import LASTING, Footprint, training_footprint
 from .model import HyLoRADAModel
-from .pretrained import load_config
+from .pretrained import DTYPES, load_config
 from .tables import markdown_table
 
 GIB = 2**30
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUANTIZED_BASES = (None, "nf4")
 # of bitsandbytes: half a byte a weight; an 8-bit scale for 64 of them; an fp32 scale of scales for 256 of these
 NF4_BLOCK, NF4_SCALES = 64, 256

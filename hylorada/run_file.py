@@ -11,7 +11,7 @@ from typing import Any
 
 from .config import HyLoRADAConfig, check_names, parse_yaml, real_number, whole_number
 from .data import Document, split_documents
-from .plan import DTYPES
+from .pretrained import DTYPES
 from .sources import load_documents, stream_documents
 from .trainer import TrainingConfig
 

@@ -26,6 +26,7 @@ from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from .config import real_number, whole_number
 from .evaluation import batch_loss_sum, mean_loss, predicted_tokens
 from .model import get_lora_plus_param_groups
+from .pretrained import DTYPES
 from .run_state import (
     Batches,
     check_model,
@@ -42,7 +43,6 @@ from .trackers import FILE_TRACKERS, TRACKERS, JsonLines, require_tracker
 
 logger = logging.getLogger(__name__)
 
-_AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # they need arguments that the config does not have
 _UNSUPPORTED_SCHEDULERS = {
     "cosine_warmup_with_min_lr",
@@ -142,9 +142,9 @@ class TrainingConfig:
         self.seed = whole_number("seed", self.seed, 0)
         _require(self.seed < 2**32, "seed", "less than 2**32", self.seed)
         _require(
-            self.mixed_precision is None or self.mixed_precision in list(_AUTOCAST_DTYPES),
+            self.mixed_precision is None or self.mixed_precision in list(DTYPES),
             "mixed_precision",
-            f"None or one of {', '.join(_AUTOCAST_DTYPES)}",
+            f"None or one of {', '.join(DTYPES)}",
             self.mixed_precision,
         )
         _require(
@@ -522,8 +522,7 @@ class HyLoRADATrainer:
                 tracker.finish()
 
     def _autocast(self, accelerator: Accelerator) -> torch.autocast:
-        dtype = _AUTOCAST_DTYPES[self.precision]
-        return torch.autocast(accelerator.device.type, dtype=dtype, enabled=dtype is not None)
+        return torch.autocast(accelerator.device.type, dtype=DTYPES[self.precision], enabled=self.precision != "fp32")
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
