@@ -307,7 +307,7 @@ def test_tiles_visited_are_near_the_ideal(triton_interpreted, monkeypatch, lengt
     """At 128 x 64 with groups of 2048: no tile without a pair is visited, and few pairs that do not attend."""
     from hylorada_kernels.testing._builder import BUILDER
 
-    monkeypatch.setattr(op.kernel, "tile_of", lambda *_: op.kernel.Tile(128, 64, 4, 1))
+    monkeypatch.setattr(op.kernel, "chosen_tile", lambda *_: op.kernel.Tile(128, 64, 4, 1))
     visited, dot = [], BUILDER.create_dot
 
     def counted(a, b, *rest):

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .layout import tokens_first
+
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
@@ -120,7 +122,7 @@ def forward(
         out, lse = _attend(runs[0].queries(q), runs[0].keys(k), runs[0].keys(v), 0, causal, scale, dropout)
         lse = lse.unflatten(0, (-1, runs[0].count)).transpose(1, 2).reshape(q.shape[:3])
         return _unfolded(out, q), lse.contiguous(), seed
-    out = _tokens_first(q, q.dtype)
+    out = tokens_first(q).zero_()
     lse = q.new_zeros(q.shape[:3], dtype=_accumulation_dtype(q))
     for run in runs:
         early = _size(run.early)
@@ -157,8 +159,8 @@ def backward(
     # what several calls add to is summed in fp32
     add = k.shape[1] < q.shape[1] or sink_tokens > 0
     if not whole:
-        dq = _tokens_first(q, q.dtype)
-        dk, dv = (_tokens_first(k, _accumulation_dtype(k) if add else k.dtype) for _ in range(2))
+        dq = tokens_first(q).zero_()
+        dk, dv = (tokens_first(k, _accumulation_dtype(k) if add else k.dtype).zero_() for _ in range(2))
     for run in runs:
         own_dq, own_dk, own_dv = _attend_backward(
             run.queries(do), run.queries(q), run.keys(k), run.keys(v), run.queries(out), run.queries(lse),
@@ -333,13 +335,6 @@ def _scores(q: Tensor, k: Tensor, rows: slice, early: int, causal: bool, scale: 
 def _unit_step(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The fused operators read a head's values one after the other."""
     return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
-
-
-def _tokens_first(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Zeros in the shape of a (B, H, L, D) tensor, laid out as (B, L, H, D), and not a view."""
-    _, heads, length, head_dim = x.shape
-    strides = (length * heads * head_dim, head_dim, heads * head_dim, 1)
-    return x.new_empty_strided(x.shape, strides, dtype=dtype).zero_()
 
 
 def _unfolded(groups: Tensor, x: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._tl import next_power_of_two, target_architecture
+from .layout import tokens_first
 
 LARGEST_HEAD_DIM = 256
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -53,7 +54,7 @@ _TILES = {
 LARGE_GPUS = (80, 90, 100)
 
 
-def tile_of(kernel: str, dtype: torch.dtype, block_d: int, group_size: int, dropout: bool) -> Tile:
+def chosen_tile(kernel: str, dtype: torch.dtype, block_d: int, group_size: int, dropout: bool) -> Tile:
     """The tile of "forward", "dq" or "dkdv" (of the sinks too), no longer than a group needs."""
     architecture = target_architecture()
     if architecture is None:
@@ -620,12 +621,12 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> out (B, Hq, L, D), log-sum-exp of the scores (B, Hq, L), seed of the dropout (1,) or nothing."""
     (batch, heads, length, _), block_d = q.shape, _head_block(q)
-    out = _tokens_first(q)
+    out = tokens_first(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     seed = torch.randint(2**62, (1 if dropout_p else 0,), device=q.device, dtype=torch.int64)
     if not q.numel():
         return out, lse, seed
-    tile = tile_of("forward", q.dtype, block_d, group_size, dropout_p > 0)
+    tile = chosen_tile("forward", q.dtype, block_d, group_size, dropout_p > 0)
     offsets = _offsets(shift, shifted_heads)
     forward_kernel[(_tiles(length, group_size, offsets, cu_seqlens, tile.queries), heads, batch)](
         q, k, v, lengths, cu_seqlens, seed, out, lse,
@@ -661,7 +662,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
     (batch, heads, length, head_dim), kv_heads, block_d = q.shape, k.shape[1], _head_block(q)
-    dq, dk, dv = _tokens_first(q), _tokens_first(k), _tokens_first(v)
+    dq, dk, dv = tokens_first(q), tokens_first(k), tokens_first(v)
     if not q.numel():
         return dq, dk, dv
     delta = torch.empty_like(lse)
@@ -672,7 +673,7 @@ def backward(
     inputs = (q, k, v, lengths, cu_seqlens, seed)
     strides = (*do.stride(), *q.stride(), *k.stride(), *v.stride())
 
-    tile = tile_of("dq", q.dtype, block_d, group_size, dropout_p > 0)
+    tile = chosen_tile("dq", q.dtype, block_d, group_size, dropout_p > 0)
     backward_dq_kernel[(_tiles(length, group_size, offsets, cu_seqlens, tile.queries), heads, batch)](
         do, *inputs, out, lse, delta, dq,
         *sizes,
@@ -682,7 +683,7 @@ def backward(
         **tile.options(),
     )  # fmt: skip
 
-    tile = tile_of("dkdv", q.dtype, block_d, group_size, dropout_p > 0)
+    tile = chosen_tile("dkdv", q.dtype, block_d, group_size, dropout_p > 0)
     backward_dkdv_kernel[(_tiles(length, group_size, offsets, cu_seqlens, tile.keys), kv_heads, batch)](
         do, *inputs, lse, delta, dk, dv,
         *sizes,
@@ -761,9 +762,3 @@ def _document_block(cu_seqlens: Tensor | None) -> int:
 def _splits(length: int, programs: int, block_q: int) -> int:
     """Into how many parts the tokens of a sequence are cut: some 256 programs, each with a few tiles."""
     return max(1, min(256 // max(programs, 1), triton.cdiv(length, 4 * block_q)))
-
-
-def _tokens_first(x: Tensor) -> Tensor:
-    """An uninitialised (B, H, L, D) tensor, laid out as (B, L, H, D), and not a view."""
-    _, heads, length, head_dim = x.shape
-    return x.new_empty_strided(x.shape, (length * heads * head_dim, head_dim, heads * head_dim, 1))

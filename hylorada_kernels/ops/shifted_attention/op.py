@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ... import backend
 from . import eager
+from .layout import tokens_first
 
 if backend.HAS_TRITON:
     from . import kernel
@@ -191,7 +192,7 @@ def _forward_op(
 def _(q, k, v, lengths, cu_seqlens, group_size, shift, shifted_heads, causal, sink_tokens, scale, dropout_p, choice):
     own = torch.float64 if q.dtype == torch.float64 else torch.float32
     seed = q.new_empty(1 if dropout_p else 0, dtype=torch.int64)
-    return _tokens_first(q), q.new_empty(q.shape[:3], dtype=own), seed
+    return tokens_first(q), q.new_empty(q.shape[:3], dtype=own), seed
 
 
 @torch.library.custom_op("hylorada::shifted_attention_backward", mutates_args=())
@@ -222,13 +223,7 @@ def _backward_op(
 
 @_backward_op.register_fake
 def _(do, q, k, v, *_):
-    return _tokens_first(q), _tokens_first(k), _tokens_first(v)
-
-
-def _tokens_first(x: Tensor) -> Tensor:
-    """What the implementations return for a (B, H, L, D) tensor: laid out as (B, L, H, D)."""
-    _, heads, length, head_dim = x.shape
-    return x.new_empty_strided(x.shape, (length * heads * head_dim, head_dim, heads * head_dim, 1))
+    return tokens_first(q), tokens_first(k), tokens_first(v)
 
 
 class _ShiftedAttention(torch.autograd.Function):
