@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.memory import MIB, peak_bytes
 from hylorada.baselines import get_baseline_model
 from hylorada.evaluation import batch_loss_sum
-from hylorada.memory import peak_memory
+from hylorada.peak_memory import peak_memory
 from hylorada.plan import plan
 from hylorada.pretrained import DTYPES, SMOLLM2, load_config
 

@@ -24,7 +24,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from benchmarks.memory import MIB
 from benchmarks.paired import median_ratio, ratio_spread
 from benchmarks.shapes import DEVICE, DTYPES
-from hylorada.memory import peak_memory
+from hylorada.peak_memory import peak_memory
 from hylorada_kernels.ops.shifted_attention import shifted_attention
 from hylorada_kernels.testing import relative_error
 

@@ -23,7 +23,7 @@ from .baselines import baseline_config, get_baseline_model
 from .config import PRESETS, HyLoRADAConfig
 from .data import collate, make_dataloader, pad_token_id
 from .evaluation import batch_loss_sum, predicted_tokens
-from .memory import PeakMemory, peak_memory
+from .peak_memory import PeakMemory, peak_memory
 from .pretrained import DTYPES, load_pretrained
 from .s2_attention import SMALLEST_AUTO_GROUP
 from .trainer import HyLoRADATrainer, StepRecord, TrainingConfig

@@ -1,4 +1,4 @@
-"""What a training step of a model needs: its memory, counted, and its attention's operations, in closed form."""
+"""Tells what a training step of an adapted model costs: bytes, counted; operations of its attention, in closed form."""
 
 from typing import Any
 
@@ -47,7 +47,7 @@ def memory_estimate(
 
     attention: list[Any] = attention_layers(base)
     layers: list[int] = [layer.layer_idx for layer in attention] or list(range(text.num_hidden_layers))
-    full_pairs = len(layers) * heads * attended_pairs(seq_len)
+    full_pairs = len(layers) * heads * count_attended_pairs(seq_len)
     s2_pairs = full_pairs
     if groups is not None:
         s2_pairs = sum(_layer_pairs(groups, layer, seq_len, heads) for layer in layers)
@@ -72,7 +72,7 @@ def memory_estimate(
     }
 
 
-def attended_pairs(length: int, group_size: int | None = None, shift: int = 0, sink_tokens: int = 0) -> int:
+def count_attended_pairs(length: int, group_size: int | None = None, shift: int = 0, sink_tokens: int = 0) -> int:
     """How many pairs (i, j) attend causally, in full or in groups of `group_size` moved by `shift`, with sinks.
 
     A group [a, b) has n (n + 1) / 2 pairs of its own, n = b - a, and min(sinks, a) sinks before it for each token.
@@ -91,6 +91,6 @@ def _layer_pairs(groups: Groups, layer: int, length: int, heads: int) -> int:
     rule = groups.rule(layer, size)
     shifted = {"none": 0, "half": heads - heads // 2, "all": heads}[rule["shifted_heads"]]
     sinks = rule["sink_tokens"]
-    return shifted * attended_pairs(length, size, rule["shift"], sinks) + (heads - shifted) * attended_pairs(
-        length, size, 0, sinks
-    )
+    return shifted * count_attended_pairs(length, size, rule["shift"], sinks) + (
+        heads - shifted
+    ) * count_attended_pairs(length, size, 0, sinks)

@@ -481,7 +481,7 @@ def get_lora_plus_param_groups(
     undecayed = _undecayed(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            kind = _kind(_native_name(name))
+            kind = _kind(_adapter_part(name))
             members["base_undecayed" if kind == "base" and parameter in undecayed else kind].append(parameter)
     if not any(members.values()):
         raise ValueError(f"{type(model).__name__} has no trainable parameters; give a HyLoRADAModel that is not merged")
@@ -499,7 +499,7 @@ def _undecayed(model: nn.Module) -> set[nn.Parameter]:
     return parameters | {parameter for parameter in model.parameters() if parameter.dim() < 2}
 
 
-def _native_name(name: str) -> str:
+def _adapter_part(name: str) -> str:
     """A parameter's name, or the part that it is of an adapter of PEFT's."""
     kinds = [_PEFT_KINDS[part] for part in name.split(".") if part in _PEFT_KINDS]
     return kinds[0] if kinds else name

@@ -8,7 +8,7 @@ import torch
 from benchmarks import compare, plots
 from benchmarks.paired import median_ratio, paired_times, ratio_spread
 from benchmarks.roofline import Work, attention_work, column_norm_work, linear_backward_work, linear_forward_work
-from hylorada.estimate import attended_pairs
+from hylorada.estimate import count_attended_pairs
 from hylorada_kernels import column_norm, hybrid_linear, shifted_attention, testing, using
 from hylorada_kernels.testing import interpreter, linear_inputs
 
@@ -66,7 +66,7 @@ def test_attention_moves_its_ideal_bytes_in_one_group():
     q, k, v = (torch.randn(1, heads, 32, 32) for heads in (4, 2, 2))
     with using("triton"), torch.no_grad(), interpreter.traffic() as log:
         shifted_attention(q, k, v, group_size=32)
-    work = attention_work(4 * attended_pairs(32), 32, 4, 2, 32, 4)
+    work = attention_work(4 * count_attended_pairs(32), 32, 4, 2, 32, 4)
     assert moved(log) == pytest.approx(work.ideal_bytes, rel=0.05)
     assert work.flops == 4 * 32 * 4 * 32 * 33 / 2
 

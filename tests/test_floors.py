@@ -13,7 +13,7 @@ LIBRARY = sorted((ROOT / "hylorada").rglob("*.py"))
 
 # what a module of hylorada may import of hylorada: modules of lower floors, and its own floor's from the list on
 FLOORS = [
-    ["config", "files", "hub", "memory", "provenance", "row_attention", "statistics", "tables", "trackers"],
+    ["config", "files", "hub", "peak_memory", "provenance", "row_attention", "statistics", "tables", "trackers"],
     ["assets", "checkpoint", "sources", "pretrained", "position", "report", "storage"],
     ["data"],
     ["daa", "embeddings", "landmark", "lora", "perplexity", "rope", "run_state"],

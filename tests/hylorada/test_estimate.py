@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hylorada.estimate import attended_pairs
+from hylorada.estimate import count_attended_pairs
 
 
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 23, 64])
@@ -12,16 +12,16 @@ from hylorada.estimate import attended_pairs
 def test_pairs_are_those_of_the_predicate(length, group, shift, sinks):
     i, j = torch.arange(length)[:, None], torch.arange(length)[None, :]
     same = (i + group - shift) // group == (j + group - shift) // group
-    assert attended_pairs(length, group, shift, sinks) == int(((j <= i) & (same | (j < sinks))).sum())
-    assert attended_pairs(length) == int((j <= i).sum())
+    assert count_attended_pairs(length, group, shift, sinks) == int(((j <= i) & (same | (j < sinks))).sum())
+    assert count_attended_pairs(length) == int((j <= i).sum())
 
 
 def test_full_over_sparse_at_the_published_shapes():
     """Billions of operations of one layer with 32 heads of 128, groups of 2048, halves of the heads shifted."""
     for length, full, sparse in ((4096, 137, 60), (8192, 550, 129), (32768, 8796, 541), (100_000, 81921, 1668)):
         per_pair = 4 * 128 * 32 / 1e9
-        shifted = (attended_pairs(length, 2048) + attended_pairs(length, 2048, 1024)) / 2
-        found = (attended_pairs(length) * per_pair, shifted * per_pair)
+        shifted = (count_attended_pairs(length, 2048) + count_attended_pairs(length, 2048, 1024)) / 2
+        found = (count_attended_pairs(length) * per_pair, shifted * per_pair)
         assert found == pytest.approx((full, sparse), abs=1)
 
 
@@ -52,7 +52,7 @@ def test_counts_are_those_of_the_model(make_model, family, mode):
     assert found["gradients"] == gradients and found["optimizer"] == sum(state.nbytes for state in states)
 
     # 2 layers of 4 heads of 8: a half of layers and heads is shifted, in both modes
-    pairs = 4 * attended_pairs(64, 8, 0, 2) + 4 * attended_pairs(64, 8, 4, 2)
+    pairs = 4 * count_attended_pairs(64, 8, 0, 2) + 4 * count_attended_pairs(64, 8, 4, 2)
     assert found["attention_flops_s2"] == 3 * 4 * 8 * pairs
     assert found["attention_flops_full"] == 3 * 4 * 8 * 8 * 64 * 65 // 2
     assert found["attention_ratio"] == 8 * 64 * 65 / 2 / pairs
@@ -75,8 +75,8 @@ def test_without_groups_there_is_no_saving(make_model):
 def test_an_automatic_group_follows_the_length(make_model):
     model = make_model("llama", s2_attn_enabled=True, s2_group_size="auto")
     assert model.get_memory_estimate(512)["attention_ratio"] == 1
-    sparse = [attended_pairs(16384, 4096, shift) for shift in (0, 2048)]
-    assert model.get_memory_estimate(16384)["attention_ratio"] == 2 * attended_pairs(16384) / sum(sparse)
+    sparse = [count_attended_pairs(16384, 4096, shift) for shift in (0, 2048)]
+    assert model.get_memory_estimate(16384)["attention_ratio"] == 2 * count_attended_pairs(16384) / sum(sparse)
 
 
 def test_activations_follow_tokens_and_checkpointing(make_model):

@@ -1,4 +1,4 @@
-"""Peak memory of a stretch of code."""
+"""Measures the peak memory of a block of code, on the GPU or of the process."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hylorada.memory import peak_memory
+from hylorada.peak_memory import peak_memory
 
 MIB = 2**20
 
