@@ -29,6 +29,15 @@ def fixed_seed():
 
 
 @pytest.fixture
+def one_thread():
+    """For models and cases too small to share; processes that share the cores would wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def tokenizer():
     """One token a character, ids below 97; <eos> is 1, <pad> is 2, anything unknown is 0."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers

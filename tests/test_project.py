@@ -17,12 +17,6 @@ def test_one_release_of_ruff_is_pinned():
     assert len(pins) == 3 and len(set(pins)) == 1, pins
 
 
-def test_commands_of_the_readme_exist():
-    targets = set(re.findall(r"^([a-z-]+):", read("Makefile"), re.MULTILINE))
-    named = set(re.findall(r"^make ([a-z-]+)", read("README.md") + read("CONTRIBUTING.md"), re.MULTILINE))
-    assert named and named <= targets, named - targets
-
-
 def test_every_mutant_is_an_edit_of_the_code_as_it_is():
     # the interpreted kernels' own mutants are among them
     pytest.importorskip("triton")

@@ -3,7 +3,6 @@
 import os
 
 import pytest
-import torch
 
 if not hasattr(os, "fork"):
     pytest.skip("needs a system that forks", allow_module_level=True)
@@ -11,14 +10,8 @@ if not hasattr(os, "fork"):
 from tests.faults.scenarios import SCENARIOS, SLOW, run
 from tests.faults.table import HEAD, PAGE, row
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """A forked process has none of its parent's threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+# a forked process has none of its parent's threads
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(

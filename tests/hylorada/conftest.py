@@ -68,6 +68,12 @@ def texts(tmp_path):
 
 
 @pytest.fixture
+def text():
+    """(2, 23) token ids without special tokens; no group size divides 23."""
+    return torch.randint(3, 97, (2, 23), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
 def token_ids():
     """(2, 12) token ids without special tokens."""
     return torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(1))

@@ -31,10 +31,9 @@ GROUPS = {
 
 
 @st.composite
-def cases(draw):
-    """(family, fields of the config, length, position of the changed token, whether the model trains)."""
-    family = draw(st.sampled_from(FAMILIES))
-    fields = draw(st.fixed_dictionaries(LINEARS))
+def parts(draw):
+    """Fields of the config for a combination of the parts beside the adapted linears."""
+    fields = {}
     for switch, options in (
         ("position_bias_enabled", POSITION_BIAS),
         ("landmark_enabled", LANDMARKS),
@@ -47,6 +46,15 @@ def cases(draw):
         # a distance bias and groups are two attentions
         buckets = 0 if fields["s2_attn_enabled"] else draw(st.sampled_from([0, 8]))
         fields |= {"daa_enabled": True, "daa_num_buckets": buckets}
+    return fields
+
+
+@st.composite
+def cases(draw):
+    """(family, fields of the config, length, position of the changed token, whether the model trains)."""
+    family = draw(st.sampled_from(FAMILIES))
+    fields = draw(st.fixed_dictionaries(LINEARS))
+    fields |= draw(parts())
     fields["train_embeddings"] = draw(st.sampled_from([False, "tokens", "all"]))
     kinds = ["auto"] if family in LEARNED_POSITIONS else ["linear", "yarn", "auto"]
     # the tiny GPT-NeoX rotates two features, for which transformers' dynamic scaling has no base

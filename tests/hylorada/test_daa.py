@@ -39,12 +39,6 @@ def make_daa(make_base):
     return make
 
 
-@pytest.fixture
-def text():
-    """(2, 23) token ids without special tokens."""
-    return torch.randint(3, 97, (2, 23), generator=torch.Generator().manual_seed(3))
-
-
 def bucket(distance, buckets, max_length):
     """The bucket of one distance, from the formula of the position bias."""
     exact = buckets // 4

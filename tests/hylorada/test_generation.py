@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.hylorada.test_causality import GROUPS, LANDMARKS, POSITION_BIAS
+from tests.hylorada.test_causality import parts
 
 FAMILIES = ("gpt2", "llama", "qwen2")
 # the tiny models know 128 positions; more are decoded where these are scaled
@@ -18,18 +18,7 @@ def combinations(draw):
     """(family, fields of the config)."""
     family = draw(st.sampled_from(FAMILIES))
     fields = {"train_norms": draw(st.booleans()), "train_embeddings": draw(st.sampled_from([False, "all"]))}
-    for switch, options in (
-        ("position_bias_enabled", POSITION_BIAS),
-        ("landmark_enabled", LANDMARKS),
-        ("s2_attn_enabled", GROUPS),
-    ):
-        fields[switch] = draw(st.booleans())
-        if fields[switch]:
-            fields |= draw(st.fixed_dictionaries(options))
-    if draw(st.booleans()):
-        # a distance bias and groups are two attentions
-        buckets = 0 if fields["s2_attn_enabled"] else draw(st.sampled_from([0, 8]))
-        fields |= {"daa_enabled": True, "daa_num_buckets": buckets}
+    fields |= draw(parts())
     kind = draw(st.sampled_from([None, "auto"] if family == "gpt2" else [None, "linear", "dynamic", "yarn"]))
     if kind is not None:
         fields |= {"rope_scaling_type": kind, "rope_scaling_factor": 2.0}

@@ -16,6 +16,7 @@ from hylorada.integrations.peft import FusedLinear, Status, accelerate, restore,
 from hylorada_kernels import norm_cache
 from hylorada_kernels.testing import relative_error
 from tests.hylorada.conftest import FAMILIES
+from tests.hylorada.processes import data_parallel, fully_sharded
 
 METHODS = {
     "lora": {"use_dora": False},
@@ -595,18 +596,6 @@ def test_trainer_in_fp32_differs_by_rounding(make_peft, tmp_path):
     model = accelerated(plain)
     losses = trained(model, tmp_path / "fused")[0]
     assert losses == pytest.approx(trained(plain, tmp_path / "plain")[0], rel=1e-5)
-
-
-def data_parallel(model):
-    return nn.parallel.DistributedDataParallel(model, find_unused_parameters=False)
-
-
-def fully_sharded(model):
-    from torch.distributed.fsdp import fully_shard
-
-    for layer in model.base_model.model.model.layers:
-        fully_shard(layer)
-    return fully_shard(model)
 
 
 def distributed_steps(rank, options):

@@ -19,6 +19,7 @@ from hylorada.lora import adapted_layers
 from hylorada_kernels import norm_cache
 from hylorada_kernels.testing import relative_error
 from tests.hylorada.conftest import FAMILIES
+from tests.hylorada.processes import data_parallel, fully_sharded
 
 METHODS = {
     "hylorada": {},
@@ -572,18 +573,6 @@ def test_parameter_groups_know_the_parts(make_base, config):
     if config is HyLoRADAPeftConfig:
         expected["residual_weight"] = (3.0, 0.0, 14)
     assert found == expected
-
-
-def data_parallel(model):
-    return torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=False)
-
-
-def fully_sharded(model):
-    from torch.distributed.fsdp import fully_shard
-
-    for layer in model.base_model.model.model.layers:
-        fully_shard(layer)
-    return fully_shard(model)
 
 
 def distributed_gradients(rank, options):

@@ -68,12 +68,6 @@ def layer_masks(mode, length, group, offset, sinks=0, window=None, layers=2, hea
     return [torch.stack([shifted if layer % 2 else plain] * heads) for layer in range(layers)]
 
 
-@pytest.fixture
-def text():
-    """(2, 23) token ids without special tokens."""
-    return torch.randint(3, 97, (2, 23), generator=torch.Generator().manual_seed(3))
-
-
 @pytest.mark.parametrize("mode", ["layers", "heads"])
 @pytest.mark.parametrize(("group", "ratio", "offset", "sinks"), [(4, 0.5, 2, 0), (7, 0.3, 2, 3), (5, 0.0, 0, 1)])
 def test_training_attends_by_the_predicate(make_base, make_s2, text, family, mode, group, ratio, offset, sinks):

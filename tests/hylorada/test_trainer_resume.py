@@ -19,6 +19,8 @@ from hylorada.checkpoint import checkpoints
 from hylorada.data import collate
 from hylorada.trainer import HyLoRADATrainer, TrainingConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LENGTHS = [12, 5, 9, 2, 16, 7, 11, 3, 8]
 IDS = torch.randint(3, 97, (16,), generator=torch.Generator().manual_seed(2)).tolist()
 ROWS = [{"input_ids": IDS[i:] + IDS[: i + n - 16] if i + n > 16 else IDS[i : i + n]} for i, n in enumerate(LENGTHS)]
@@ -50,15 +52,6 @@ def run(model, sampler="shuffled", evaluation=True, rows=ROWS, optimizer=None, *
         config=TrainingConfig(**defaults | fields),
         optimizer=optimizer,
     ).train()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models are too small for more, and processes that share the cores wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -19,6 +19,8 @@ from tests.properties.properties import (
     model_cases,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 fixed = {"deadline": None, "derandomize": True, "database": None, "suppress_health_check": list(HealthCheck)}
 INTERPRETED = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -74,15 +76,6 @@ def test_the_column_norm_is_the_formula(case):
 @given(case=attention_cases())
 def test_shifted_attention_is_the_dense_predicate(case):
     check_attention(case)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The cases are too small to share."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
