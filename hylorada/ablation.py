@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from typing import Any
 
-from .benchmark import add_flags, compare, parse
+from .benchmark import compare
 from .comparison import Arm
 from .config import PRESETS
 
@@ -61,9 +60,8 @@ ABLATIONS: dict[str, list[Arm]] = {
 }
 
 
-def run(arguments: Sequence[str] | None = None) -> str:
-    """Run an ablation as flags say. -> the tables and the report's files, to show."""
-    options = parse(_parser(), arguments)
+def run(options: argparse.Namespace) -> str:
+    """Run an ablation. options: of `ablation_parser`. -> the tables and the report's files, to show."""
     ablation = options.ablation or ("author" if options.protocol == "author" else "parts")
     arms = ABLATIONS[ablation]
     unknown = sorted(set(options.arms or ()) - {arm.name for arm in arms})
@@ -72,20 +70,3 @@ def run(arguments: Sequence[str] | None = None) -> str:
         raise ValueError(f"--ablation {ablation} has no {', '.join(unknown)}: use {allowed}")
     chosen = [arm for arm in arms if options.arms is None or arm.name in options.arms]
     return compare(options, chosen, _REFERENCE)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="hylorada ablate",
-        description="Take HyLoRADA apart: what each of its parts does to held-out perplexity, over several seeds. "
-        "Everything but the list of methods is as in hylorada benchmark.",
-    )
-    parser.add_argument(
-        "--ablation",
-        choices=tuple(ABLATIONS),
-        help='"parts" of the method (default); "attention", the same in full and shifted groups; "author", the table '
-        "of the first documents (default with --protocol author)",
-    )
-    parser.add_argument("--arms", nargs="+", help="these of its arms only; default: all")
-    add_flags(parser)
-    return parser

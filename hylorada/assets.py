@@ -15,6 +15,8 @@ from .files import sha256_of
 logger = logging.getLogger(__name__)
 
 CACHE_VARIABLE = "HYLORADA_CACHE"
+# the model that is made of a pinned file, as `load_pretrained` knows it
+SMOLLM2 = "smollm2-135m"
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .config import PRESETS, HyLoRADAConfig
+from .config import BASELINES, METHODS, PRESETS, HyLoRADAConfig
 from .model import HyLoRADAModel, enable_checkpointing
 from .sparse import add_sparse_adapters
-
-# the methods that are no configuration of HyLoRADAModel
-_OTHERS = ("baseline", "full", "sparse")
-METHODS = (*_OTHERS, *PRESETS)
 
 
 def baseline_config(name: str, **overrides: Any) -> HyLoRADAConfig | None:
@@ -27,7 +23,7 @@ def baseline_config(name: str, **overrides: Any) -> HyLoRADAConfig | None:
     """
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}: use one of {', '.join(METHODS)}")
-    if name in _OTHERS:
+    if name in BASELINES:
         return None
     clash = sorted(set(PRESETS[name]) & set(overrides))
     if clash:

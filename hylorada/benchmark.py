@@ -1,4 +1,4 @@
-"""The comparison of fine-tuning methods on one model and one text: its flags, its runs and its report."""
+"""The comparison of fine-tuning methods on one model and one text: its runs, one after another, in one report."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from .baselines import METHODS
 from .comparison import Arm, Comparison, check_groups, declare_length, run_in_own_process
 from .data import Document, load_documents, pad_token_id, split_documents, token_blocks
 from .model import HyLoRADAModel
-from .pretrained import DTYPES, SMOLLM2, load_pretrained
+from .pretrained import DTYPES, load_pretrained
 from .provenance import provenance
 from .report import comparison_table, difference_table, write_report
 from .sparse import find_mlp_outputs
@@ -34,23 +33,10 @@ TRAINING_FLAGS = {
     "warmup_ratio": "--warmup_ratio",
     "seed": "--seed",
 }
-# the first documents' own way to measure: GPT-2 on lines of WikiText-2, each padded to max_length, the padding learned,
-# and perplexity as the mean of every line's own
-AUTHOR = {
-    "model": "openai-community/gpt2",
-    "dataset": "wikitext",
-    "max_length": 512,
-    "num_train": 500,
-    "num_test": 500,
-    "epochs": 1,
-    "batch_size": 4,
-    "grad_accum": 16,
-}
 
 
-def run(arguments: Sequence[str] | None = None) -> str:
-    """Compare methods as flags say. -> the tables and the report's files, to show; see `add_flags` for the flags."""
-    options = parse(_parser(), arguments)
+def run(options: argparse.Namespace) -> str:
+    """Compare methods. options: of `benchmark_parser`. -> the tables and the report's files, to show."""
     return compare(options, [Arm(name, name) for name in options.methods])
 
 
@@ -261,79 +247,3 @@ def shared_fields(options: argparse.Namespace, arms: Sequence[Arm]) -> dict[str,
 def _has_groups(arm: Arm, shared: dict[str, Any]) -> bool:
     config = arm.config(shared)
     return config is not None and config.s2_attn_enabled
-
-
-def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse flags; those of a protocol take its values by default."""
-    if parser.parse_known_args(arguments)[0].protocol == "author":
-        parser.set_defaults(**AUTHOR)
-    options = parser.parse_args(arguments)
-    options.seeds = list(dict.fromkeys(options.seeds or [options.seed]))
-    if options.lr_grid and options.lr != parser.get_default("lr"):
-        parser.error("--lr and --lr_grid exclude each other: rates are given, or searched for")
-    return options
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that every comparison has."""
-    add = parser.add_argument
-    add("--model", default=SMOLLM2, help=f'"{SMOLLM2}" (default), a directory with a saved model, or the id of a hub')
-    add(
-        "--dtype",
-        choices=("fp32", "bf16"),
-        default="fp32",
-        help="of the base model's weights; adapters are always fp32",
-    )
-    add("--dataset", default="kjv", help='"kjv" (default), another name that load_documents knows, or a path')
-    add("--max_length", type=int, default=512, help="tokens of a block, in training and in evaluation")
-    add("--num_train", type=int, help="training blocks, evenly spread; default: all")
-    add("--num_test", type=int, default=64, help="held-out blocks, evenly spread")
-    add("--validation", action="store_true", help="hold out training documents instead: to choose settings")
-    add("--epochs", type=int, default=1)
-    add("--steps", type=int, help="optimizer steps, in place of --epochs")
-    add("--batch_size", type=int, default=1)
-    add("--grad_accum", type=int, default=1, help="batches of one optimizer step")
-    add("--lr", nargs="+", default=["2e-4"], help="of every method, or by method: --lr lora=4e-3 hylorada=1e-3")
-    add("--lr_grid", nargs="+", help="search every method's rate among these, on validation documents, first seed")
-    add("--lr_scheduler", default="linear", help="a name of transformers' schedules")
-    add("--warmup_ratio", type=float, default=0.1)
-    seeds = parser.add_mutually_exclusive_group()
-    seeds.add_argument("--seed", type=int, default=0, help="of initial values, dropout and the order of the data")
-    seeds.add_argument("--seeds", type=int, nargs="+", help="several: every method runs with each")
-    add("--lora_rank", type=int, default=8)
-    add("--lora_alpha", type=float, default=16.0)
-    add("--lora_dropout", type=float, default=0.05)
-    add("--target_modules", nargs="+", help="names of the layers to adapt; default: HyLoRADAConfig's")
-    add("--gradient_checkpointing", action="store_true", help="recompute activations in the backward pass")
-    add("--s2_attn", action="store_true", help="train with shifted sparse attention; evaluation has full attention")
-    add("--s2_group_size", type=_group_size, help='tokens of a group of --s2_attn, or "auto"; default: 2048')
-    add("--sink_tokens", type=int, help="tokens that every group of --s2_attn sees; default: none")
-    add("--train_embeddings", nargs="?", const=True, default=False, choices=("positions", "tokens", "all"))
-    add("--train_norms", action="store_true")
-    add("--rope_scaling_type", choices=("linear", "dynamic", "yarn", "auto"), help='"auto" extends position tables too')
-    add("--rope_scaling_factor", type=float, default=1.0, help="target length / original length")
-    add("--original_length", type=int, help="declare that the model was trained for so many positions")
-    add(
-        "--protocol",
-        choices=("tokens", "author"),
-        default="tokens",
-        help='"author": as the first documents measured, GPT-2 on lines of WikiText-2; both come from a hub',
-    )
-    add("--output_dir", default="results", help="a folder named after the time is made in it")
-
-
-def _group_size(text: str) -> int | str:
-    return text if text == "auto" else int(text)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="hylorada benchmark",
-        description="Compare fine-tuning methods on one model and one text: held-out perplexity with intervals, time, "
-        "memory. Every run is in a process of its own, from the same weights, on the same layers and, by seed, on the "
-        "same batches.",
-    )
-    default = ["baseline", "lora", "dora", "hylorada"]
-    parser.add_argument("--methods", nargs="+", default=default, help=f"of {', '.join(METHODS)}")
-    add_flags(parser)
-    return parser

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import sys
+from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
-from .config import PRESETS
+from .config import METHODS
 
 if TYPE_CHECKING:
     from .model import HyLoRADAModel
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 # torch and transformers take seconds to import: commands import what they need
 _DTYPES = ("fp32", "bf16", "fp16")
-_BASELINES = ("baseline", "full", "sparse")
 
 
 class _Commands(TyperGroup):
@@ -82,8 +82,8 @@ _Dtype = Annotated[
 _Method = Annotated[
     str,
     typer.Option(
-        help=f"{', '.join((*_BASELINES, *PRESETS))}.",
-        autocompletion=lambda: [*_BASELINES, *PRESETS],
+        help=f"{', '.join(METHODS)}.",
+        autocompletion=lambda: list(METHODS),
     ),
 ]
 
@@ -349,26 +349,55 @@ def convert(adapter: _Adapter, output: _Output, base: _Base = None) -> None:
     typer.echo(f"{'HyLoRADA' if is_peft else 'PEFT'} adapter: {output}")
 
 
-# the flags are the comparison's own
-_PASSED_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
+class _FlagsPassedOn(TyperCommand):
+    """A command whose flags are those of a parser of `flags`, and are words of its one argument to typer."""
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> Any:
+        return self.params[0].shell_complete(ctx, incomplete)
 
 
-@app.command(context_settings=_PASSED_ON, add_help_option=False)
-def benchmark(ctx: typer.Context) -> None:
+def _parser_of(command: str | None) -> ArgumentParser:
+    from .flags import ablation_parser, benchmark_parser
+
+    return ablation_parser() if command == "ablate" else benchmark_parser()
+
+
+def _complete_flags(ctx: typer.Context, incomplete: str) -> list[str]:
+    from .flags import completions
+
+    return [word for word in completions(_parser_of(ctx.info_name), ctx.params["flags"]) if word.startswith(incomplete)]
+
+
+_Flags = Annotated[list[str] | None, typer.Argument(hidden=True, autocompletion=_complete_flags)]
+_PASSED_ON: dict[str, Any] = {
+    "cls": _FlagsPassedOn,
+    "context_settings": {"ignore_unknown_options": True},
+    "add_help_option": False,
+}
+
+
+@app.command(**_PASSED_ON)
+def benchmark(flags: _Flags = None) -> None:
     """Compare fine-tuning methods; --help lists the flags."""
+    from .flags import parse
+
+    options = parse(_parser_of("benchmark"), flags or [])
     from .benchmark import run
 
     with _progress_told():
-        typer.echo("\n" + run(ctx.args))
+        typer.echo("\n" + run(options))
 
 
-@app.command(context_settings=_PASSED_ON, add_help_option=False)
-def ablate(ctx: typer.Context) -> None:
+@app.command(**_PASSED_ON)
+def ablate(flags: _Flags = None) -> None:
     """Take HyLoRADA apart, part by part; --help lists the flags."""
+    from .flags import parse
+
+    options = parse(_parser_of("ablate"), flags or [])
     from .ablation import run
 
     with _progress_told():
-        typer.echo("\n" + run(ctx.args))
+        typer.echo("\n" + run(options))
 
 
 @contextmanager

@@ -75,6 +75,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "hylorada": {},
 }
+# the methods of a comparison that are no configuration of HyLoRADAModel, and all methods
+BASELINES = ("baseline", "full", "sparse")
+METHODS = (*BASELINES, *PRESETS)
 # YAML 1.1 reads 2e-4 as a text
 _EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
 

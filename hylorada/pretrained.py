@@ -20,11 +20,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .assets import Distribution, cache_dir, fetch, move_into_place
+from .assets import SMOLLM2, Distribution, cache_dir, fetch, move_into_place
 
 logger = logging.getLogger(__name__)
 
-SMOLLM2 = "smollm2-135m"
 # of weights and of autocast, by the names that options have for them
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

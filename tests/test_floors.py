@@ -14,7 +14,7 @@ LIBRARY = sorted((ROOT / "hylorada").rglob("*.py"))
 # what a module of hylorada may import of hylorada: modules of lower floors, and its own floor's from the list on
 FLOORS = [
     ["config", "files", "hub", "peak_memory", "provenance", "row_attention", "statistics", "tables", "trackers"],
-    ["assets", "checkpoint", "sources", "pretrained", "position", "report", "storage"],
+    ["assets", "checkpoint", "flags", "sources", "pretrained", "position", "report", "storage"],
     ["data"],
     ["daa", "embeddings", "landmark", "lora", "perplexity", "rope", "run_state"],
     ["retrieval"],
@@ -219,7 +219,7 @@ import sys
 from typer.testing import CliRunner
 from hylorada.cli import app
 
-for arguments in (["--help"], ["train", "--help"]):
+for arguments in (["--help"], ["train", "--help"], ["benchmark", "--help"], ["ablate", "--help"]):
     assert CliRunner().invoke(app, arguments).exit_code == 0
 assert not {"torch", "transformers"} & set(sys.modules)
 """

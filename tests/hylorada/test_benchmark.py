@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from hylorada import ablation, benchmark, cli, comparison
+from hylorada import ablation, benchmark, cli, comparison, flags
 from hylorada.comparison import run_arm, run_in_own_process
 from hylorada.config import HyLoRADAConfig
 from hylorada.data import Document
@@ -133,7 +133,7 @@ def test_rates_are_searched_for_without_the_test_documents(run, tmp_path, monkey
     monkeypatch.setattr(benchmark, "_run", watching)
     monkeypatch.setattr(benchmark, "_learning_rates", lambda _, arms: dict.fromkeys(arms, 5e-5))
     options = ["--methods", "baseline", "lora", "dora", "--lr_grid", "1e-4", "2e-2", "--seeds", "0", "1"]
-    assert benchmark.parse(benchmark._parser(), options).lr_grid == ["1e-4", "2e-2"]
+    assert flags.parse(flags.benchmark_parser(), options).lr_grid == ["1e-4", "2e-2"]
     shared = ["--model", tmp_path / "model", "--dataset", tmp_path / "texts", "--output_dir", tmp_path / "results"]
     small = ["--max_length", 32, "--steps", 6, "--batch_size", 2, "--num_test", 8]
     assert main("benchmark", *shared, *small, *options) == 0
@@ -225,9 +225,13 @@ def test_the_authors_protocol_learns_padding_and_averages_lines(run):
     assert counts[3] == counts[1] + 2 * 8 * 32 + 64 * 8 + 1
 
 
+def test_every_ablation_has_its_flag():
+    assert tuple(ablation.ABLATIONS) == flags.ABLATION_NAMES
+
+
 def test_the_authors_protocol_names_what_cannot_be_had(monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "load_documents", lambda _: [Document("a", "one\ntwo"), Document("b", "three")])
-    options = ablation.parse(ablation._parser(), ["--protocol", "author", "--epochs", "2"])
+    options = flags.parse(flags.ablation_parser(), ["--protocol", "author", "--epochs", "2"])
     assert (options.model, options.dataset, options.num_test) == ("openai-community/gpt2", "wikitext", 500)
     assert (options.batch_size, options.grad_accum, options.epochs) == (4, 16, 2)
     assert main("ablate", "--protocol", "author") == 2
@@ -327,7 +331,7 @@ def test_settings_are_chosen_without_the_test_documents(saved_model, texts, toke
     arguments = ["--dataset", str(texts), "--max_length", "32"]
     seen = []
     for more in ([], ["--validation"]):
-        options = benchmark.parse(benchmark._parser(), [*arguments, *more])
+        options = flags.parse(flags.benchmark_parser(), [*arguments, *more])
         documents = benchmark.load_documents(options.dataset)
         comparison, _ = benchmark._prepare(options, documents, tokenizer, {})
         train = {block["document"] for block in comparison.train_rows}
@@ -430,10 +434,10 @@ def test_bad_flags_are_named_before_anything_is_loaded(run, monkeypatch, capsys,
 
 @pytest.mark.parametrize("command", SEED_COMMANDS)
 def test_every_flag_of_the_documented_commands_is_known(command):
-    options = benchmark._parser().parse_args(command.split())
+    options = flags.benchmark_parser().parse_args(command.split())
     assert options.epochs in (1, 3) and options.methods
 
 
 def test_the_documented_ablation_is_known():
-    options = ablation.parse(ablation._parser(), SEED_ABLATION.split())
+    options = flags.parse(flags.ablation_parser(), SEED_ABLATION.split())
     assert (options.num_train, options.epochs, options.seeds) == (500, 1, [0])

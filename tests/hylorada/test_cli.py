@@ -273,3 +273,7 @@ def test_the_shell_completes_commands_and_choices():
     assert completions(["tr"]) == ["train"]
     assert completions(["export", "--to", "lo"]) == ["lora"]
     assert completions(["plan", "--method", "lora"]) == ["lora", "lorada"]
+    assert completions(["benchmark", "--lr"]) == ["--lr", "--lr_grid", "--lr_scheduler"]
+    assert completions(["benchmark", "--steps", "3", "--dtype", ""]) == ["fp32", "bf16"]
+    assert completions(["ablate", "--ablation", "a"]) == ["attention", "author"]
+    assert "--arms" in completions(["ablate", "--"]) and "--arms" not in completions(["benchmark", "--"])
