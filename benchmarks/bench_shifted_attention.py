@@ -23,12 +23,16 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from benchmarks.memory import MIB
 from benchmarks.paired import median_ratio, ratio_spread
+from benchmarks.roofline import attention_work, measured_limits
 from benchmarks.shapes import DEVICE, DTYPES
+from hylorada.estimate import count_attended_pairs
 from hylorada.peak_memory import peak_memory
 from hylorada_kernels.ops.shifted_attention import shifted_attention
 from hylorada_kernels.testing import relative_error
 
 HEADS, HEAD_DIM, GROUP, SHIFT = 8, 64, 2048, 1024
+# that attend among 8192 tokens, of all heads together
+PAIRS = HEADS // 2 * (count_attended_pairs(8192, GROUP) + count_attended_pairs(8192, GROUP, SHIFT))
 # norm-wise, of results that two implementations round in their own ways
 AGREEMENT = {"fp32": 1e-5, "bf16": 1e-2}
 SECONDS_PER_CASE = 40.0
@@ -165,6 +169,9 @@ def test_beside_others(one_thread, benchmark, record, paired, step, dtype):
     values = {"ours, ms": 1e3 * statistics.median(times["ours"])}
     values |= {f"{name} / ours": median_ratio(times, name, "ours") for name in times if name != "ours"}
     values["±"] = ratio_spread(times, "full", "ours")
+    if DEVICE == "cuda" and step is forward:
+        work = attention_work(PAIRS, 8192, HEADS, HEADS, HEAD_DIM, DTYPES[dtype].itemsize)
+        values["of the roofline"] = work.achieved(statistics.median(times["ours"]), measured_limits(DTYPES[dtype]))
     record("shifted attention", {"step": step.__name__.replace("_", " "), "dtype": dtype}, values)
     if not benchmark.disabled and DEVICE == "cpu":
         assert min(values["full / ours"], median_ratio(times, "full", "ours unshifted")) >= 2.5
