@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install lint test test-all test-oldest-peft test-kernels test-gpu demo bench bench-gpu aot-report fuzz mutants audit clean FORCE
+.PHONY: install lint docs test test-all test-oldest-peft test-kernels test-gpu demo bench bench-gpu aot-report fuzz mutants audit clean FORCE
 
 install: $(INSTALLED)
 
@@ -20,6 +20,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(INSTALLED)
+	$(BIN)/python -m mkdocs build --strict
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -69,7 +72,7 @@ audit: $(INSTALLED)
 	$(VENV)/audit/bin/pip-audit --requirement $(VENV)/audit/releases.txt --no-deps --disable-pip --strict
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 
 $(INSTALLED): pyproject.toml setup.py $(CONSTRAINTS) $(VENV)/.torch-requirement
 	$(PYTHON) -m venv $(VENV)
