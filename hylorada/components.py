@@ -8,10 +8,11 @@ from transformers import PreTrainedModel
 
 from .config import HyLoRADAConfig
 from .daa import DirectAttention
-from .embeddings import PositionTable, embedding_parameters, find_position_table, norm_parameters
+from .embeddings import embedding_parameters, norm_parameters
 from .landmark import POSITION_BUCKETS, LandmarkHook, LandmarkLoRA, check_gate, find_head_input, has_landmarks
 from .lora import UnifiedLayer
 from .position import PositionBias, PositionScale, find_backbone, has_position_scale
+from .position_table import PositionTable, find_position_table
 from .rope import RopeScaling, find_rotary_modules
 from .s2_attention import AttentionSwitch, Groups, attention_layers, has_attention_switch
 

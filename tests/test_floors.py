@@ -14,7 +14,7 @@ LIBRARY = sorted((ROOT / "hylorada").rglob("*.py"))
 # what a module of hylorada may import of hylorada: modules of lower floors, and its own floor's from the list on
 FLOORS = [
     ["config", "files", "hub", "peak_memory", "provenance", "row_attention", "statistics", "tables", "trackers"],
-    ["assets", "checkpoint", "flags", "sources", "pretrained", "position", "report", "storage"],
+    ["assets", "checkpoint", "flags", "sources", "pretrained", "position", "position_table", "report", "storage"],
     ["data"],
     ["daa", "embeddings", "landmark", "lora", "perplexity", "rope", "run_state"],
     ["retrieval"],

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from hylorada import HyLoRADAConfig, HyLoRADAModel, get_lora_plus_param_groups
 from hylorada.data import collate
-from hylorada.embeddings import PositionTable, find_position_table
 from hylorada.lora import adapted_layers
+from hylorada.position_table import PositionTable, find_position_table
 from hylorada.rope import RopeScaling, find_rotary_modules
 from hylorada.trainer import HyLoRADATrainer, TrainingConfig
 from tests.hylorada.conftest import FAMILIES

@@ -1,5 +1,4 @@
-"""Random cases of every op and of whole models, and what must hold for each: used with few cases by the tests, with
-many by `fuzz.py`."""
+"""Random cases of every op and of whole models, and what must hold for each, for the tests and for `fuzz.py`."""
 
 import tempfile
 from dataclasses import replace
