@@ -19,12 +19,11 @@ from torch import nn
 
 from benchmarks.memory import MIB, peak_bytes, saved_bytes
 from benchmarks.paired import median_ratio
-from benchmarks.shapes import LAYERS
+from benchmarks.shapes import DTYPES, LAYERS
 from hylorada_kernels import HybridLinear
 from hylorada_kernels.testing import relative_error
 
 ALPHA = 16.0
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # norm-wise, of results that two implementations round in their own ways
 AGREEMENT = {"fp32": 1e-5, "bf16": 1e-2}
 SECONDS_PER_CASE = 7.0

@@ -4,20 +4,23 @@
 
 Ratios are over PEFT's LoRA, from rounds in which every contender ran once; "±" is half of the range that the middle
 half of the rounds' ratios has. The forward saves what its backward needs; a step is forward, backward and AdamW, after
-which norms are made anew. "frozen" is the base layer alone, the floor. Outputs and gradients are compared with PEFT
-DoRA's before anything is timed. On a GPU "hylorada" is the Triton kernels, and the eager path stands beside it.
+which norms are made anew. "frozen" is the base layer alone, the floor; "fused lora" is LoRA with a backward written by
+hand over the library's products, as axolotl and unsloth have it, without their packages. Outputs and gradients are
+compared with PEFT's before anything is timed. On a GPU "hylorada" is the Triton kernels, and the eager path stands
+beside it.
 """
 
 import statistics
 
 import pytest
 import torch
+from torch import nn
 
-from benchmarks.bench_hybrid_linear import DTYPES, SCALED, assert_agreement, contenders, inputs
+from benchmarks.bench_hybrid_linear import AGREEMENT, SCALED, assert_agreement, contenders, factors, inputs
 from benchmarks.memory import MIB, peak_bytes, saved_bytes
 from benchmarks.paired import median_ratio, ratio_spread
 from benchmarks.roofline import linear_backward_work, linear_forward_work, measured_limits
-from benchmarks.shapes import DEVICE, MODEL_LAYERS
+from benchmarks.shapes import DEVICE, DTYPES, MODEL_LAYERS
 from hylorada_kernels import using
 from hylorada_kernels.testing import relative_error
 
@@ -26,12 +29,51 @@ BASE = "peft lora"
 PHASES = ("forward", "backward", "step")
 
 
+class _FusedLora(torch.autograd.Function):
+    """On x (T, I), W (O, I), A (R, I), B (O, R)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, lora_a, lora_b, scale):
+        a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+        ctx.save_for_backward(x, weight, a, b)
+        ctx.scale, ctx.dtype = scale, lora_a.dtype
+        return (x @ weight.T).addmm_(x @ a.T, b.T, alpha=scale)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, a, b = ctx.saved_tensors
+        low = dy @ b
+        da, db = ctx.scale * (low.T @ x), ctx.scale * (dy.T @ (x @ a.T))
+        return (dy @ weight).addmm_(low, a, alpha=ctx.scale), None, da.to(ctx.dtype), db.to(ctx.dtype), None
+
+
+class FusedLora(nn.Module):
+    """With the weight and the factors of PEFT's layer."""
+
+    def __init__(self, peft_lora: nn.Module):
+        super().__init__()
+        self.weight = peft_lora.base_layer.weight
+        self.lora_a, self.lora_b = (nn.Parameter(factor.detach().clone()) for factor in factors(peft_lora))
+        self.scale = peft_lora.scaling["default"]
+
+    def forward(self, x):
+        return _FusedLora.apply(x, self.weight, self.lora_a, self.lora_b, self.scale)
+
+
 def layers_and_inputs(layer: str, dtype: str, rank: int):
     shape = MODEL_LAYERS[layer]
     layers = {name: module.to(DEVICE) for name, module in contenders(shape, dtype, rank).items() if name != SCALED}
     x, dy = (tensor.detach().to(DEVICE) for tensor in inputs(shape, dtype))
     x.requires_grad_()
+    layers["fused lora"] = FusedLora(layers[BASE])
     assert_agreement(layers, x, dy, dtype)
+    results = []
+    for layer in (layers["fused lora"], layers[BASE]):
+        trained = factors(layer) if layer is layers[BASE] else [layer.lora_a, layer.lora_b]
+        y = layer(x)
+        results.append([y, *torch.autograd.grad(y, [x, *trained], dy)])
+    for ours, theirs in zip(*results, strict=True):
+        assert relative_error(ours, theirs.double()) <= AGREEMENT[dtype]
     return layers, x, dy
 
 

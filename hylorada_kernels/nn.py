@@ -57,7 +57,7 @@ class HybridLinear(nn.Module):
         self.bias = None if linear.bias is None else linear.bias.requires_grad_(False)
         self.out_features, self.in_features = self._base().shape
         self.rank, self.alpha, self.dropout_p = rank, float(alpha), float(dropout)
-        self.scale = alpha / math.sqrt(rank) if use_rslora else alpha / rank
+        self.scale = lora_scale(rank, alpha, use_rslora)
         self.norm_grad, self.token_scale_target = norm_grad, token_scale_target
         self.merged = False
         self._original_weight: Tensor | None = None
@@ -74,7 +74,7 @@ class HybridLinear(nn.Module):
         self.register_parameter("residual_weight", None)
         if use_magnitude:
             with torch.no_grad():
-                self.magnitude = nn.Parameter(self._norm())
+                self.magnitude = nn.Parameter(self._norm().clone())
             if use_blend:
                 self.residual_weight = nn.Parameter(torch.full((1,), BLEND_INIT, **own))
 
@@ -249,6 +249,11 @@ def _check_options(
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def lora_scale(rank: int, alpha: float, use_rslora: bool) -> float:
+    """alpha / sqrt(R) (rsLoRA; Kalajdzievski 2023), else alpha / R."""
+    return alpha / math.sqrt(rank) if use_rslora else alpha / rank
 
 
 def init_lora_a(lora_a: Tensor, init: str) -> None:

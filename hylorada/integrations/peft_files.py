@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hylorada_kernels import column_norm
+from hylorada_kernels.nn import lora_scale
 from hylorada_kernels.ops.hybrid_linear.op import adapted_weight
 
 from .. import hub, storage
@@ -419,11 +420,11 @@ def _from_peft(base_model: PreTrainedModel, record: dict[str, Any], tensors: dic
         gradient_checkpointing=False,
         **method,
     )
-    scale = _scale(config.lora_alpha, rank, use_rslora)
+    scale = lora_scale(rank, config.lora_alpha, use_rslora)
     for name in names:
         a, b = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
         alpha = _pattern_value(record.get("alpha_pattern") or {}, name, config.lora_alpha)
-        own_scale = _scale(alpha, a.shape[0], use_rslora)
+        own_scale = lora_scale(a.shape[0], alpha, use_rslora)
         if own_scale != scale:
             tensors[f"{name}.lora_b"] = b = b * (own_scale / scale)
         if a.shape[0] < rank:
@@ -431,10 +432,6 @@ def _from_peft(base_model: PreTrainedModel, record: dict[str, Any], tensors: dic
             tensors[f"{name}.lora_a"] = torch.cat([a, more])
             tensors[f"{name}.lora_b"] = torch.cat([b, b.new_zeros(b.shape[0], more.shape[0])], dim=1)
     return storage.SavedAdapter(config.to_dict(), False, "", {}, tensors)
-
-
-def _scale(alpha: float, rank: int, use_rslora: bool) -> float:
-    return alpha / math.sqrt(rank) if use_rslora else alpha / rank
 
 
 def _pattern_value(pattern: Mapping[str, float], name: str, default: float) -> float:

@@ -6,7 +6,6 @@ Needs peft, 0.18 or newer.
 """
 
 import logging
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from hylorada_kernels import column_norm, hybrid_linear
-from hylorada_kernels.nn import BLEND_INIT, init_lora_a
+from hylorada_kernels.nn import BLEND_INIT, init_lora_a, lora_scale
 from hylorada_kernels.norm_cache import NormCache
 from hylorada_kernels.ops.hybrid_linear.op import adapted_weight
 
@@ -130,7 +129,7 @@ class HyLoRADAPeftConfig(PeftConfig):
 
     @property
     def scale(self) -> float:
-        return self.lora_alpha / math.sqrt(self.r) if self.use_rslora else self.lora_alpha / self.r
+        return lora_scale(self.r, self.lora_alpha, self.use_rslora)
 
 
 class _Operands(NamedTuple):
@@ -197,7 +196,7 @@ class HyLoRADALinear(nn.Module, BaseTunerLayer):
         self.configs[name], self._norms[name] = config, NormCache()
         parameters = [lora_a, lora_b]
         if config.use_dora_magnitude:
-            parameters.append(self._norms[name].norm(weight, lora_a, lora_b, config.scale))
+            parameters.append(column_norm(weight, lora_a, lora_b, scale=config.scale))
             if config.use_blend:
                 parameters.append(torch.full((1,), BLEND_INIT, **own))
         for kind, parameter in zip(self.adapter_layer_names, parameters, strict=False):

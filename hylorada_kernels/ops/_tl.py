@@ -1,5 +1,7 @@
 """Triton helpers that several kernels share."""
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from triton.runtime.driver import driver
@@ -23,6 +25,11 @@ def target_architecture() -> int | str | None:
         return driver.active.get_current_target().arch
     except RuntimeError:
         return None
+
+
+def launch_options(tile: Any) -> dict[str, int | bool]:
+    """How a tile is compiled. Fused multiply-add is pinned, as its default differs between releases of Triton."""
+    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
 
 
 def next_power_of_two(value: int, *, at_least: int, at_most: int) -> int:

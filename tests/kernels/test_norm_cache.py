@@ -301,6 +301,8 @@ def test_a_norm_once_given_is_never_written_to():
     layer.lora_b.data.mul_(2)
     assert torch.equal(given, kept) and not torch.equal(layer._norm(), kept)
     assert torch.equal(given, kept)
+    fresh = HybridLinear.from_linear(nn.Linear(24, 16))
+    assert fresh._norm().data_ptr() != fresh.magnitude.data_ptr()
 
 
 def test_copies_do_not_share_a_norm():

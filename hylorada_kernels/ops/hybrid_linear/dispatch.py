@@ -41,10 +41,6 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
 
-    def options(self) -> dict[str, int | bool]:
-        """Launch options; fused multiply-add is pinned, as its default differs between releases of Triton."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
-
 
 class Machine(NamedTuple):
     """What one architecture gets. The in-features are modelled from published efficiencies, none was measured here."""

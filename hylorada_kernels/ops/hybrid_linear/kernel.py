@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .._tl import tile_of
+from .._tl import launch_options, tile_of
 from ..column_norm import kernel as column_norm
 from . import dispatch
 
@@ -717,7 +717,7 @@ def forward(
             **flags, MAKES_NORM=own_norm.numel() > 0,
             BLOCK_T=tile.rows, BLOCK_O=tile.columns, BLOCK_I=tile.depth,
             BLOCK_R=max(16, triton.next_power_of_2(rank)),
-            **tile.options(),
+            **launch_options(tile),
         )  # fmt: skip
         return y, h, gain, own_norm, nothing, seed
     machine = dispatch.machine(x.dtype, is_aligned=_are_aligned(x, weight))
@@ -730,7 +730,7 @@ def forward(
         scale, dropout_p,
         HAS_DROPOUT=dropout_p > 0,
         BLOCK_T=thin.rows, BLOCK_I=thin.depth, BLOCK_R=block_r,
-        **thin.options(),
+        **launch_options(thin),
     )  # fmt: skip
     if route == "library":
         blend_epilogue_kernel[(triton.cdiv(tokens, thin.rows), triton.cdiv(rows, thin.depth))](
@@ -739,7 +739,7 @@ def forward(
             *lora_b.stride(),
             **flags,
             BLOCK_T=thin.rows, BLOCK_O=thin.depth, BLOCK_R=block_r,
-            **thin.options(),
+            **launch_options(thin),
         )  # fmt: skip
         return y, h, gain, own_norm, nothing, seed
     # the copy engine takes dense rows only
@@ -752,7 +752,7 @@ def forward(
         *x.stride(), *weight.stride(), *lora_b.stride(),
         **flags, EVEN_I=columns % tile.depth == 0, HAS_DESCRIPTORS=has_descriptors,
         BLOCK_T=tile.rows, BLOCK_O=tile.columns, BLOCK_I=tile.depth, BLOCK_R=block_r, GROUP=8,
-        **tile.options(),
+        **launch_options(tile),
     )  # fmt: skip
     return y, h, gain, own_norm, nothing, seed
 
@@ -819,7 +819,7 @@ def backward(
             scale,
             HAS_MAGNITUDE=magnitude is not None, HAS_TOKEN_SCALE=has_scale, NEEDS_P=need_p,
             BLOCK_T=thin.rows, BLOCK_O=thin.depth, BLOCK_R=block_r,
-            **thin._replace(num_warps=4).options(),
+            **launch_options(thin._replace(num_warps=4)),
         )  # fmt: skip
     if runs_dx:
         # the dropout mask of a tile is made in registers: a smaller tile
@@ -833,7 +833,7 @@ def backward(
             HAS_MAGNITUDE=magnitude is not None, **flags, HAS_DROPOUT=dropout_p > 0,
             NEEDS_P=need_p, FUSES_LOW_RANK=fuses,
             BLOCK_T=block_t, BLOCK_I=tile.columns, BLOCK_O=tile.depth, BLOCK_R=block_r, GROUP=8,
-            **tile.options(),
+            **launch_options(tile),
         )  # fmt: skip
 
     block_sum = 1024
@@ -847,7 +847,7 @@ def backward(
             dropout_p,
             HAS_DROPOUT=dropout_p > 0, NEEDS_P=need_p, NEEDS_BLEND=need_blend,
             BLOCK_T=thin.depth, BLOCK_I=thin.rows, BLOCK_R=block_r, BLOCK_SUM=block_sum,
-            **thin.options(),
+            **launch_options(thin),
         )  # fmt: skip
     return gradients
 
@@ -908,7 +908,7 @@ def _column_gradients(
             HAS_BIAS=bias is not None, HAS_TOKEN_SCALE=token_scale is not None,
             NEEDS_B=need_b, NEEDS_GAIN=need_gain and has_output, NEEDS_BIAS=need_bias,
             BLOCK_T=depth, BLOCK_O=block_o, BLOCK_R=block_r,
-            **thin._replace(num_warps=4).options(),
+            **launch_options(thin._replace(num_warps=4)),
         )  # fmt: skip
     if need_gain:
         # the kernel always writes both: one of them may not be wanted
@@ -922,7 +922,7 @@ def _column_gradients(
         HAS_MAGNITUDE=magnitude is not None, HAS_BLEND=blend is not None, HAS_BIAS=bias is not None, **flags,
         NEEDS_B=need_b, NEEDS_GAIN=need_gain, NEEDS_BIAS=need_bias, HAS_OUTPUT=has_output,
         BLOCK_T=depth, BLOCK_O=block_o, BLOCK_I=32, BLOCK_R=block_r,
-        **thin._replace(num_stages=1).options(),
+        **launch_options(thin._replace(num_stages=1)),
     )  # fmt: skip
     return partial_dblend
 

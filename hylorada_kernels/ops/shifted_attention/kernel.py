@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._tl import next_power_of_two, target_architecture
+from .._tl import launch_options, next_power_of_two, target_architecture
 from .layout import tokens_first
 
 LARGEST_HEAD_DIM = 256
@@ -33,10 +33,6 @@ class Tile(NamedTuple):
     keys: int
     num_warps: int
     num_stages: int
-
-    def options(self) -> dict[str, int | bool]:
-        """Launch options; fused multiply-add is pinned, as its default differs between releases of Triton."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
 # by kernel and bytes of a value: tiles and the largest head dim that each is for. The largest that compile without
@@ -636,7 +632,7 @@ def forward(
         CAUSAL=causal, SINK=sink_tokens > 0, **_sequence_flags(lengths, cu_seqlens), DROPOUT=dropout_p > 0,
         BLOCK_DOCUMENTS=_document_block(cu_seqlens),
         BLOCK_Q=tile.queries, BLOCK_K=tile.keys, BLOCK_D=block_d,
-        **tile.options(),
+        **launch_options(tile),
     )  # fmt: skip
     return out, lse, seed
 
@@ -680,7 +676,7 @@ def backward(
         *strides, *out.stride(), *dq.stride(),
         scale, dropout_p,
         **common, BLOCK_Q=tile.queries, BLOCK_K=tile.keys, BLOCK_D=block_d,
-        **tile.options(),
+        **launch_options(tile),
     )  # fmt: skip
 
     tile = chosen_tile("dkdv", q.dtype, block_d, group_size, dropout_p > 0)
@@ -691,7 +687,7 @@ def backward(
         scale, dropout_p,
         **common, MIXED=shift > 0 and shifted_heads == "half" and heads // 2 % ratio != 0,
         BLOCK_Q=tile.queries, BLOCK_K=tile.keys, BLOCK_D=block_d,
-        **tile.options(),
+        **launch_options(tile),
     )  # fmt: skip
 
     if sink_tokens:
@@ -707,14 +703,14 @@ def backward(
             *strides,
             scale, dropout_p,
             **flags, BLOCK_Q=tile.queries, BLOCK_K=tile.keys, BLOCK_D=block_d,
-            **tile.options(),
+            **launch_options(tile),
         )  # fmt: skip
         sink_finish_kernel[(sink_tiles, kv_heads, sequences)](
             partial, lengths, cu_seqlens, dk, dv,
             length, head_dim, sinks, splits,
             *dk.stride(),
             **_sequence_flags(lengths, cu_seqlens), BLOCK_K=tile.keys, BLOCK_D=block_d,
-            **tile._replace(num_stages=1).options(),
+            **launch_options(tile._replace(num_stages=1)),
         )  # fmt: skip
     return dq, dk, dv
 
