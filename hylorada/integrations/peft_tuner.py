@@ -196,7 +196,7 @@ class HyLoRADALinear(nn.Module, BaseTunerLayer):
         self.configs[name], self._norms[name] = config, NormCache()
         parameters = [lora_a, lora_b]
         if config.use_dora_magnitude:
-            parameters.append(column_norm(weight, lora_a, lora_b, scale=config.scale))
+            parameters.append(self._norms[name].norm(weight, lora_a, lora_b, config.scale).clone())
             if config.use_blend:
                 parameters.append(torch.full((1,), BLEND_INIT, **own))
         for kind, parameter in zip(self.adapter_layer_names, parameters, strict=False):
