@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hylorada_kernels import backend, hybrid_linear
+from hylorada_kernels.gain_cache import GainCache
 from hylorada_kernels.norm_cache import NormCache
 
 from .peft_files import export_adapter, export_lora, import_adapter
@@ -84,7 +85,7 @@ def accelerate(model: nn.Module) -> Status:
         raise ValueError(f"{type(model).__name__} has no PEFT layers; call accelerate on what get_peft_model returns")
     plain: list[Any] = [layer for layer in layers if type(layer) is Linear]
     for layer in plain:
-        layer._hylorada_norms = {}
+        layer._hylorada_kept = {}
         layer.__class__ = FusedLinear
     return status(model)
 
@@ -94,7 +95,7 @@ def restore(model: nn.Module) -> None:
     fused: list[Any] = [layer for _, layer in _peft_layers(model) if type(layer) is FusedLinear]
     for layer in fused:
         layer.__class__ = Linear
-        del layer._hylorada_norms
+        del layer._hylorada_kept
 
 
 def status(model: nn.Module) -> Status:
@@ -115,18 +116,21 @@ def status(model: nn.Module) -> Status:
 class FusedLinear(Linear):
     """PEFT's lora.Linear with another forward. `accelerate` turns layers into it; it is never constructed."""
 
-    _hylorada_norms: dict[str, NormCache]
+    _hylorada_kept: dict[str, tuple[NormCache, GainCache]]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x: (..., I) -> (..., O). See `accelerate`."""
         operands = _operands(self, self.training)
         if args or kwargs or isinstance(operands, str) or not _fits(x, operands.weight):
             return super().forward(x, *args, **kwargs)
-        norm = None
+        norm = kept_gain = None
         # nn.DataParallel's replicas run in threads and share what a layer keeps
         if operands.magnitude is not None and not getattr(self, "_is_replica", False):
-            norms = self._hylorada_norms.setdefault(operands.adapter, NormCache())
+            if operands.adapter not in self._hylorada_kept:
+                self._hylorada_kept[operands.adapter] = NormCache(), GainCache()
+            norms, gains = self._hylorada_kept[operands.adapter]
             norm = norms.norm(operands.weight, operands.lora_a, operands.lora_b, operands.scale)
+            kept_gain = gains.gain(operands.weight, operands.lora_b, operands.magnitude, None, norm)
         return hybrid_linear(
             x,
             operands.weight,
@@ -137,12 +141,13 @@ class FusedLinear(Linear):
             bias=operands.bias,
             norm=norm,
             dropout_p=operands.dropout_p,
+            kept_gain=kept_gain,
         )
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """PEFT's, and the adapter's norm is forgotten."""
+        """PEFT's, and what was kept for the adapter is forgotten."""
         super().delete_adapter(adapter_name)
-        self._hylorada_norms.pop(adapter_name, None)
+        self._hylorada_kept.pop(adapter_name, None)
 
 
 class _Operands(NamedTuple):

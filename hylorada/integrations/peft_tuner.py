@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from hylorada_kernels import column_norm, hybrid_linear
+from hylorada_kernels.gain_cache import GainCache
 from hylorada_kernels.nn import BLEND_INIT, init_lora_a, lora_scale
 from hylorada_kernels.norm_cache import NormCache
 from hylorada_kernels.ops.hybrid_linear.op import adapted_weight
@@ -168,7 +169,7 @@ class HyLoRADALinear(nn.Module, BaseTunerLayer):
         "hylorada_lora_magnitude_vector",
         "hylorada_lora_magnitude_vector_blend",
     )
-    other_param_names = ("configs", "_norms")
+    other_param_names = ("configs", "_norms", "_gains")
     base_layer: Any
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: HyLoRADAPeftConfig):
@@ -178,6 +179,7 @@ class HyLoRADALinear(nn.Module, BaseTunerLayer):
             setattr(self, name, nn.ParameterDict())
         self.configs: dict[str, HyLoRADAPeftConfig] = {}
         self._norms: dict[str, NormCache] = {}
+        self._gains: dict[str, GainCache] = {}
         self._original_weight: Tensor | None = None
         self._disable_adapters, self.merged_adapters = False, []
         self._active_adapter = adapter_name
@@ -193,7 +195,7 @@ class HyLoRADALinear(nn.Module, BaseTunerLayer):
         own: dict[str, Any] = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
         lora_a, lora_b = torch.empty(config.r, self.in_features, **own), torch.zeros(self.out_features, config.r, **own)
         init_lora_a(lora_a, config.lora_init)
-        self.configs[name], self._norms[name] = config, NormCache()
+        self.configs[name], self._norms[name], self._gains[name] = config, NormCache(), GainCache()
         parameters = [lora_a, lora_b]
         if config.use_dora_magnitude:
             parameters.append(self._norms[name].norm(weight, lora_a, lora_b, config.scale).clone())
@@ -293,12 +295,13 @@ class HyLoRADALinear(nn.Module, BaseTunerLayer):
     def _adapted(self, x: Tensor, name: str) -> Tensor:
         """The layer's output with one adapter."""
         a, b, magnitude, blend, config = self._operands(name)
-        weight, norm = self._weight(), None
+        weight, norm, kept_gain = self._weight(), None, None
         dropout_p = config.lora_dropout if self.training else 0.0
         # nn.DataParallel's replicas run in threads and share what a layer keeps
         can_keep = not (config.dora_norm_grad or self._is_quantised or getattr(self, "_is_replica", False))
         if magnitude is not None and can_keep:
             norm = self._norms[name].norm(weight, a, b, config.scale)
+            kept_gain = self._gains[name].gain(weight, b, magnitude, blend, norm)
         if not self._is_quantised:
             return hybrid_linear(
                 x,
@@ -312,6 +315,7 @@ class HyLoRADALinear(nn.Module, BaseTunerLayer):
                 norm=norm,
                 norm_grad=config.dora_norm_grad,
                 dropout_p=dropout_p,
+                kept_gain=kept_gain,
             )
         y = self.base_layer(x)
         h = F.linear(F.dropout(x, dropout_p), a.to(x.dtype))

@@ -286,6 +286,8 @@ def test_several_adapters(make_peft, token_ids, monkeypatch):
     plain = make_peft()
     plain.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj", "o_proj"], use_rslora=True))
     disturb(plain)
+    # in fp32 PEFT's own gradients lie up to 1.3e-6 from the truth
+    plain = plain.double()
     model = copy.deepcopy(plain)
     accelerate(model)
     for name in ("other", "default", "other"):
@@ -301,7 +303,7 @@ def test_several_adapters(make_peft, token_ids, monkeypatch):
     for either in (plain, model):
         either.base_model.set_adapter("default")
         either.delete_adapter("other")
-    assert all(set(layer._hylorada_norms) <= {"default"} for layer in model.modules() if isinstance(layer, FusedLinear))
+    assert all(set(layer._hylorada_kept) <= {"default"} for layer in model.modules() if isinstance(layer, FusedLinear))
     assert_close(results(model, token_ids), results(plain, token_ids), 1e-6)
 
 
@@ -523,11 +525,11 @@ def test_a_replica_computes_the_same_and_leaves_the_norm_alone(make_peft):
     x = torch.randn(3, 32)
     replica = layer._replicate_for_data_parallel()
     assert relative_error(replica(x), layer.double()(x.double())) <= 1e-6
-    assert set(replica._hylorada_norms) == {"default"}
+    assert set(replica._hylorada_kept) == {"default"}
     fresh = accelerated(make_peft())
     layer = next(module for module in fresh.modules() if isinstance(module, FusedLinear))
     layer._replicate_for_data_parallel()(x)
-    assert layer._hylorada_norms == {}
+    assert layer._hylorada_kept == {}
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
