@@ -30,9 +30,7 @@ class _Kept(NamedTuple):
     scaled: tuple[Tensor, ...]
 
     def holds(self, magnitude: Tensor, blend: Tensor | None, norm: Tensor) -> bool:
-        # torch.equal calls two NaN different: the gain of a broken layer is made anew each time, which is harmless
-        is_same_blend = self.blend is blend if blend is None or self.blend is None else torch.equal(self.blend, blend)
-        return self.norm is norm and is_same_blend and torch.equal(self.magnitude, magnitude)
+        return self.norm is norm and _is_equal(self.magnitude, magnitude) and _is_equal(self.blend, blend)
 
 
 class GainCache:
@@ -53,12 +51,12 @@ class GainCache:
     ) -> eager.Gain | None:
         """The gain for `hybrid_linear`, with a scaled weight where asked for; None where it would not be used.
 
-        That is wherever the eager path does not run at once: in Triton, where a kernel does all of this on its way, and
-        while tracing; and in inference mode, whose tensors are of no use outside. `norm` is what `NormCache.norm`
-        gives, the same tensor until it changes.
+        That is wherever the eager path does not run at once on a CPU: in Triton, where a kernel does all of this on its
+        way, and while tracing; on a GPU, where the host would have to wait for the comparison; and in inference mode,
+        whose tensors are of no use outside. `norm` is what `NormCache.norm` gives, the same tensor until it changes.
         """
         runs_directly = backend.choose(weight) == "eager" and backend.runs_directly(weight, "eager")
-        if not runs_directly or torch.is_inference_mode_enabled():
+        if not runs_directly or not weight.is_cpu or torch.is_inference_mode_enabled():
             return None
         with torch.no_grad():
             key: list[int] = []
@@ -91,4 +89,11 @@ class GainCache:
 
 def _is_same(kept: _Kept, key: list[int], scaled: tuple[Tensor, ...]) -> bool:
     is_same = kept.key == key and len(kept.scaled) == len(scaled)
-    return is_same and all(torch.equal(*pair) for pair in zip(kept.scaled, scaled, strict=True))
+    return is_same and all(_is_equal(*pair) for pair in zip(kept.scaled, scaled, strict=True))
+
+
+def _is_equal(kept: Tensor | None, given: Tensor | None) -> bool:
+    if kept is None or given is None:
+        return kept is given
+    # torch.equal calls two NaN different: what is made of them is made anew each time, which is harmless
+    return kept.dtype == given.dtype and torch.equal(kept, given)

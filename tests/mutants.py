@@ -114,9 +114,9 @@ MUTANTS = [
         "hylorada_kernels/gain_cache.py",
         f"{KERNEL_TESTS}/test_norm_cache.py -k 'not triton'",
         {
-            "the magnitude is not compared": (" and torch.equal(self.magnitude, magnitude)", ""),
-            "the blend is not compared": ("self.norm is norm and is_same_blend", "self.norm is norm"),
-            "the norm is not compared": ("self.norm is norm and is_same_blend", "is_same_blend"),
+            "the magnitude is not compared": (" and _is_equal(self.magnitude, magnitude)", ""),
+            "the blend is not compared": (" and _is_equal(self.blend, blend)", ""),
+            "the norm is not compared": ("self.norm is norm and ", ""),
             "the scaled weight is not compared": (" and _is_same(kept, key, scaled)", ""),
         },
     ),

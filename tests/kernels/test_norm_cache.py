@@ -151,6 +151,10 @@ def swap_two_rows_of_one_norm(layer, x):
         layer.weight[:2] = layer.weight[:2].flip(0)
 
 
+def another_dtype_of_the_magnitude(layer, x):
+    layer.magnitude.data = layer.magnitude.data.bfloat16()
+
+
 def turn_b_where_the_norm_stays(layer, x):
     with torch.no_grad():
         layer.weight[:2] = 0
@@ -168,7 +172,7 @@ EVENTS = [
     write_through_a_flat_buffer, replace_data, vector_to_parameters, load_state_dict, load_state_dict_by_assignment,
     swap_tensors, another_scale, another_weight_through_data, prune_half_of_the_inputs, merge_and_unmerge,
     permute_the_rows_of_b, edit_under_no_grad, another_magnitude_through_data, another_blend_through_numpy,
-    swap_two_rows_of_one_norm, turn_b_where_the_norm_stays,
+    swap_two_rows_of_one_norm, another_dtype_of_the_magnitude, turn_b_where_the_norm_stays,
 ]  # fmt: skip
 
 
