@@ -35,8 +35,9 @@ def assert_parity(given, backend):
         assert result.dtype == dtype
         allowed = allowed_error(
             relative_error(own, true, size), dtype,
-            # sums run over the head dim, and over the tokens
-            factor=2.0, independent=result.numel(), length=given.q.shape[-1] + given.q.shape[-2],
+            # a weight that is rounded once shows in a whole head; sums run over the head dim, and over the tokens
+            factor=2.0, independent=result.numel() // max(given.q.shape[-1], 1),
+            length=given.q.shape[-1] + given.q.shape[-2],
         )  # fmt: skip
         if dtype == torch.float32:
             allowed = min(allowed, 2e-6 if name == "out" else 1e-5)

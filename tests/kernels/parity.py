@@ -98,8 +98,8 @@ def _gain_error(wide, name, dtype):
     if wide.magnitude is None:
         return 0.0
     norm, ratio, beta = _gain_parts(wide)
-    # a norm errs by the terms of W + s B A, which may cancel; beta by half a unit, however small 1 - beta is
-    terms = (wide.weight.norm(dim=1) + wide.scale * wide.lora_b.norm(dim=1) * wide.lora_a.norm()) / norm
+    # beta errs by half a unit, however small 1 - beta is
+    terms = norm_error(wide) / norm
     errors = (1 - beta) * ratio.abs() * terms + beta * (1 + ratio.abs())
     gain = (1 - beta) * ratio + beta
     if name in ("magnitude", "blend"):
@@ -119,6 +119,17 @@ def _hidden_error(wide, name, dtype):
     rate = (1 - beta) / norm if name == "magnitude" else (1 - ratio) * beta * (1 - beta)
     hidden = wide.dy.flatten(0, -2).norm(dim=0) * (wide.bias / gain).nan_to_num(posinf=0.0, neginf=0.0)
     return torch.finfo(dtype).eps / 2 * float((rate * hidden).norm())
+
+
+def norm_error(wide):
+    """How far every row's norm may lie from the truth, in units of rounding: W + s B A may cancel.
+
+    Its square, as the eager path expands it, keeps the rounding of the terms' squares, which the root divides by 2 n;
+    below a sixteenth of the terms it is made anew of the summed rows.
+    """
+    norm = reference_norm(wide.weight, wide.lora_a, wide.lora_b, scale=wide.scale)
+    terms = wide.weight.norm(dim=1) + wide.scale * wide.lora_b.norm(dim=1) * wide.lora_a.norm()
+    return terms * (terms / (2 * norm)).nan_to_num(nan=1.0).clamp(1, 9)
 
 
 def _gain_parts(wide):

@@ -44,6 +44,20 @@ def test_a_norm_of_terms_that_cancel_is_granted_their_rounding():
     only_granted_where_drawn(given)
 
 
+@pytest.mark.parametrize(
+    "weight, lora_a, lora_b, scale",
+    [
+        (-0.2225, [-1.0634, 1.1205], [-0.4807, -0.5119], 16.0),
+        (0.0571, [-1.6075, -0.8524, 1.0167], [0.1379, 0.2459, 0.2984], 0.7),
+    ],
+)
+def test_terms_that_cancel_within_the_update_cost_a_norm_digits(weight, lora_a, lora_b, scale):
+    given = small(1, 1, 1, len(lora_a), magnitude=False, scale=scale)
+    given.weight, given.lora_a = torch.tensor([[weight]]), torch.tensor(lora_a)[:, None]
+    given.lora_b = torch.tensor([lora_b])
+    check_norm(given)
+
+
 def test_a_beta_near_one_is_granted_its_rounding():
     given = small(1, 2, 1, 1)
     given.blend.fill_(2.9)
