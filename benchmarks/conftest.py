@@ -74,7 +74,9 @@ def _geometric_means(rows: list[Row], keys: list[str]) -> list[Row]:
         groups[tuple(row[key] for key in keys)].append(row)
     means = []
     for values, members in groups.items():
-        ratios = {name: [row[name] for row in members] for name in members[0] if " / " in name}
+        # of what every row has: a mean over some of them would stand for others than its neighbours
+        shared = [name for name in members[0] if " / " in name and all(name in row for row in members)]
+        ratios = {name: [row[name] for row in members] for name in shared}
         if ratios and len(members) > 1:
             mean = {name: round(geometric_mean(column), 4) for name, column in ratios.items()}
             means.append(dict(zip(keys, values, strict=True)) | {"geometric mean of": len(members)} | mean)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import compare, plots
+from benchmarks import compare, conftest, plots
 from benchmarks.paired import median_ratio, paired_times, ratio_spread
 from benchmarks.roofline import Work, attention_work, column_norm_work, linear_backward_work, linear_forward_work
 from hylorada.estimate import count_attended_pairs
@@ -31,6 +31,11 @@ def test_processor_seconds_come_from_the_same_rounds():
 def test_the_stricter_limit_decides():
     assert Work(flops=100.0, ideal_bytes=10.0).achieved(4.0, limits=(50.0, 10.0)) == 0.5
     assert Work(flops=10.0, ideal_bytes=30.0).achieved(4.0, limits=(50.0, 10.0)) == 0.75
+
+
+def test_means_are_of_what_every_row_has():
+    rows = [{"dtype": "fp32", "a / b": 1.0, "c / b": 2.0, "c, ms": 1.0}, {"dtype": "fp32", "a / b": 4.0, "c, ms": 1.0}]
+    assert conftest._geometric_means(rows, ["dtype"]) == [{"dtype": "fp32", "geometric mean of": 2, "a / b": 2.0}]
 
 
 def moved(log):
