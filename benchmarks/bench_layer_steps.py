@@ -2,8 +2,8 @@
 
     pytest benchmarks/bench_layer_steps.py -n 0 --results benchmarks/results
 
-Ratios are over PEFT's LoRA, from rounds in which every contender ran once; "±" is half of the range that the middle
-half of the rounds' ratios has. The forward saves what its backward needs; a step is forward, backward and AdamW, after
+Ratios are over PEFT's LoRA, from rounds in which every contender ran once; "±" is half of the range that nine in
+ten of the rounds' ratios have. The forward saves what its backward needs; a step is forward, backward and AdamW, after
 which norms are made anew. "frozen" is the base layer alone, the floor; "fused lora" is LoRA with a backward written by
 hand over the library's products, as axolotl and unsloth have it, without their packages. Outputs and gradients are
 compared with PEFT's before anything is timed. On a GPU "hylorada" is the Triton kernels, and the eager path stands
