@@ -162,6 +162,13 @@ def turn_b_where_the_norm_stays(layer, x):
     layer.lora_b.data[:2] *= -1
 
 
+def turn_b_before_a_compiled_call(layer, x):
+    """A compiled call brings the kept norm up to date, which has not changed: B has."""
+    turn_b_where_the_norm_stays(layer, x)
+    norms, (choice, *_) = layer._norms, layer._norms._layout
+    norm_cache._norm_op(norms._kept, layer._base(), layer.lora_a, layer.lora_b, layer.scale, choice, norms._step)
+
+
 def edit_under_no_grad(layer, x):
     with torch.no_grad():
         layer.lora_a[0] *= 3
@@ -172,7 +179,8 @@ EVENTS = [
     write_through_a_flat_buffer, replace_data, vector_to_parameters, load_state_dict, load_state_dict_by_assignment,
     swap_tensors, another_scale, another_weight_through_data, prune_half_of_the_inputs, merge_and_unmerge,
     permute_the_rows_of_b, edit_under_no_grad, another_magnitude_through_data, another_blend_through_numpy,
-    swap_two_rows_of_one_norm, another_dtype_of_the_magnitude, turn_b_where_the_norm_stays,
+    swap_two_rows_of_one_norm, another_dtype_of_the_magnitude, turn_b_before_a_compiled_call,
+    turn_b_where_the_norm_stays,
 ]  # fmt: skip
 
 
@@ -304,6 +312,15 @@ def test_a_norm_once_given_is_never_written_to():
     given = layer._norm()
     layer.lora_b.data.mul_(2)
     assert torch.equal(given, kept) and not torch.equal(layer._norm(), kept)
+    assert torch.equal(given, kept)
+    # the first one after a call in inference mode, which leaves a kept norm and nothing that was given
+    layer.invalidate_norm()
+    layer._norms._given = None
+    with torch.inference_mode():
+        layer._norm()
+    given, kept = layer._norm(), layer._norm().clone()
+    layer.lora_b.data.mul_(2)
+    layer._norm()
     assert torch.equal(given, kept)
     fresh = HybridLinear.from_linear(nn.Linear(24, 16))
     assert fresh._norm().data_ptr() != fresh.magnitude.data_ptr()
