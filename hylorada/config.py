@@ -180,6 +180,11 @@ class HyLoRADAConfig:
                 f"rope_scaling_factor must be at least 1 with rope_scaling_type={self.rope_scaling_type!r} "
                 f"(target length / original length), got {self.rope_scaling_factor}"
             )
+        if self.keep_scaled_weight and self.dora_norm_grad:
+            raise ValueError(
+                "keep_scaled_weight=True keeps what dora_norm_grad=True makes anew in every forward; leave one of them "
+                "False"
+            )
         if self.position_bias_enabled and self.position_bucket == "log":
             self._check_log_buckets("position_num_buckets", 'position_bucket="log2"')
         if self.daa_enabled and self.daa_num_buckets:

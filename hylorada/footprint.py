@@ -104,7 +104,7 @@ class _Step(nn.Module):
         ledger = self.ledger
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         for module in self.model.modules():
-            ledger.reserve("kept norms", _kept_norm_bytes(module))
+            ledger.reserve("kept norms", _kept_bytes(module))
         if trained:
             self._optimizer_step(trained)
         ledger.begin("forward", LOGITS)
@@ -228,15 +228,21 @@ def _fakes(step: nn.Module, ledger: _Ledger, labels: dict[int, str]) -> dict[str
     return fakes
 
 
-def _kept_norm_bytes(module: nn.Module) -> int:
-    """The norm of an adapted layer, that of its weight alone, and copies of A and B that show whether they hold.
+def _kept_bytes(module: nn.Module) -> int:
+    """What an adapted layer keeps between optimizer steps: norm and gain, and copies that show whether they hold.
 
-    Where it is asked for, the scaled weight too.
+    That is the norm, once more as it was given, and that of the weight alone; the gain with its two derivatives; copies
+    of A, B and m; where it is asked for, the scaled weight and B, and another copy of B. Samples of the weight and
+    single numbers are left out.
     """
     if not isinstance(module, HybridLinear) or module.magnitude is None or module.norm_grad or module.merged:
         return 0
-    scaled = module._base().nbytes if module.keep_scaled_weight else 0
-    return module.lora_a.nbytes + module.lora_b.nbytes + 2 * module.magnitude.nbytes + scaled
+    rows = module.magnitude.nbytes * (6 if module.residual_weight is None else 7)
+    weight: Tensor = module.weight
+    scaled = 0
+    if module.keep_scaled_weight:
+        scaled = (weight.numel() + module.lora_b.numel()) * weight.element_size() + module.lora_b.nbytes
+    return module.lora_a.nbytes + module.lora_b.nbytes + rows + scaled
 
 
 @contextmanager

@@ -70,7 +70,8 @@ class GainCache:
                 # freed first, unless a graph still needs it
                 self._kept = kept = None
                 with backend.no_autocast(weight):
-                    gain = eager.gain_of(magnitude, blend, norm)
+                    gain = eager.gain_of(eager.row_gain(magnitude, blend, norm), magnitude, blend, norm)
+                    gain = gain._replace(has_small=bool((gain.gain.abs() < eager.SMALL_GAIN).any()))
                     if scale_weight:
                         gain = eager.with_scaled_weight(gain, weight, lora_b)
                 blend = None if blend is None else blend.clone()

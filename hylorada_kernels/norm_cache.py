@@ -71,13 +71,13 @@ class NormCache:
             if not self._kept or self._layout != layout:
                 self._layout, self._step = layout, sample_step(weight)
                 self._kept = _new_state(weight, lora_a, lora_b, choice, self._step)
-            given = (self._kept, weight, lora_a, lora_b, scale, choice, self._step)
+            arguments = (self._kept, weight, lora_a, lora_b, scale, choice, self._step)
             if not backend.runs_directly(weight, choice):
-                return _norm_op(*given)
-            if torch.is_inference_mode_enabled():
-                # what is made here could not be saved for a backward later
-                return _norm(*given)
-            self._given = _norm(*given, self._given)
+                return _norm_op(*arguments)
+            # what is made in inference mode could not be saved for a backward later
+            if choice == "triton" or torch.is_inference_mode_enabled():
+                return _norm(*arguments)
+            self._given = _norm(*arguments, self._given)
             return self._given
 
     def invalidate(self) -> None:

@@ -89,6 +89,11 @@ def test_a_file_may_hold_a_few_fields(tmp_path):
     assert HyLoRADAConfig.load(path) == HyLoRADAConfig(lora_alpha=20.0, lora_target_modules=("q_proj",))
 
 
+def test_a_scaled_weight_of_a_trained_norm_is_refused():
+    with pytest.raises(ValueError, match="keep_scaled_weight=True keeps what dora_norm_grad=True makes anew"):
+        HyLoRADAConfig(keep_scaled_weight=True, dora_norm_grad=True)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [

@@ -5,9 +5,11 @@ import torch
 from torch import nn
 
 from benchmarks.memory import peak_bytes, saved_bytes
+from hylorada import footprint
 from hylorada.baselines import get_baseline_model
 from hylorada.evaluation import batch_loss_sum
 from hylorada.footprint import training_footprint
+from hylorada_kernels import HybridLinear, norm_cache
 
 LENGTH = 96
 
@@ -99,6 +101,21 @@ def test_what_is_kept_is_what_autograd_saves(make_model):
     found = counted(model)
     assert sum(found.kept.values()) == pytest.approx(saved, rel=0.02)
     assert {"UnifiedLayer", "LlamaAttention", "LlamaMLP", "logits and loss"} <= found.kept.keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"use_blend": False}, {"keep_scaled_weight": True}], ids=str)
+def test_what_a_layer_keeps_between_steps_is_what_it_holds(dtype, options):
+    layer = HybridLinear.from_linear(nn.Linear(600, 800, bias=False).to(dtype), 8, **options)
+    for _ in range(2):
+        layer(torch.randn(4, 600, dtype=dtype))
+    kept = layer._gains._kept
+    held = [*layer._norms._kept, layer._norms._given, kept.norm, kept.magnitude, kept.blend, *kept.scaled]
+    held += [kept.gain.gain, kept.gain.by_magnitude, kept.gain.by_blend, *(kept.gain.scaled or ())]
+    storages = [tensor.untyped_storage() for tensor in held if tensor is not None]
+    found = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    # the samples of the weight, and their key
+    assert 0 <= found - footprint._kept_bytes(layer) <= 3 * norm_cache.WEIGHT_SAMPLES * layer.weight.element_size()
 
 
 def test_the_model_is_left_as_it_was(make_model):

@@ -212,7 +212,8 @@ def test_small_gains_and_large_biases_keep_the_gradient_exact(backend, bias):
 
 def kept_gain_of(given, *, scale_weight=True):
     norm = column_norm(given.weight, given.lora_a, given.lora_b, scale=given.scale)
-    gain = eager.gain_of(given.magnitude, given.blend, norm)
+    row_gain = eager.row_gain(given.magnitude, given.blend, norm)
+    gain = eager.gain_of(row_gain, given.magnitude, given.blend, norm)
     return eager.with_scaled_weight(gain, given.weight, given.lora_b) if scale_weight else gain
 
 
@@ -246,7 +247,7 @@ def test_a_gain_that_the_caller_keeps_changes_no_bit(blend):
 def test_a_kept_gain_is_left_alone_where_it_gains_nothing(backend):
     given = linear_inputs(37, 53, 41, 3)
     y, gradients = run(given, backend)
-    nonsense = eager.Gain(*(torch.full((41,), torch.nan) for _ in range(3)), has_small=False)
+    nonsense = eager.Gain(*(torch.full((41,), torch.nan) for _ in range(3)))
     again, their_gradients = run(given, backend, kept_gain=nonsense)
     assert torch.equal(y, again)
     assert all(torch.equal(gradients[name], their_gradients[name]) for name in gradients)
@@ -425,6 +426,11 @@ BAD = {
     "magnitude of another length": ({"magnitude": torch.zeros(5)}, ValueError, r"magnitude must have shape \(6,\)"),
     "blend without magnitude": ({"blend": torch.zeros(1)}, ValueError, "give both or neither"),
     "norm without magnitude": ({"norm": torch.ones(6)}, ValueError, "give both or neither"),
+    "kept gain without magnitude": (
+        {"kept_gain": eager.Gain(*[torch.ones(6)] * 3)},
+        ValueError,
+        "give both or neither",
+    ),
     "token scale of another shape": (
         {"token_scale": torch.zeros(4)},
         ValueError,

@@ -28,8 +28,8 @@ class Gain(NamedTuple):
     # dg / dm = (1 - beta) / n, dg / dblend = (1 - m / n) beta (1 - beta)
     by_magnitude: Tensor
     by_blend: Tensor | None
-    # whether some |g| is below SMALL_GAIN
-    has_small: bool
+    # whether some |g| is below SMALL_GAIN, None: nobody has looked
+    has_small: bool | None = None
     # diag(g) W, (O, I), in W's layout, and diag(g) B, (O, R), both in W's dtype; or None
     scaled: tuple[Tensor, Tensor] | None = None
 
@@ -153,7 +153,7 @@ def backward(
         if is_scaled:
             db *= gain[:, None]
     if need_m or need_blend or need_norm:
-        terms = gain_of(magnitude, blend, norm) if kept_gain is None else kept_gain
+        terms = gain_of(gain, magnitude, blend, norm) if kept_gain is None else kept_gain
         dg, dbias = _gain_gradient(dy, kept, x, weight, h, lora_b, scale, p_input, p_delta, terms, bias, need_bias)
         product = dg * terms.by_magnitude
         dm = product.to(magnitude.dtype)
@@ -178,9 +178,8 @@ def row_gain(magnitude: Tensor, blend: Tensor | None, norm: Tensor) -> Tensor:
     return torch.lerp(ratio, torch.ones_like(ratio), blend.to(norm.dtype).sigmoid())
 
 
-def gain_of(magnitude: Tensor, blend: Tensor | None, norm: Tensor) -> Gain:
-    """The gain with its derivatives."""
-    gain = row_gain(magnitude, blend, norm)
+def gain_of(gain: Tensor, magnitude: Tensor, blend: Tensor | None, norm: Tensor) -> Gain:
+    """`row_gain` of the same arguments with its derivatives."""
     # a zero row has no direction: the subgradient is 0
     by_magnitude = norm.reciprocal().nan_to_num_(nan=math.nan, posinf=0.0)
     by_blend = None
@@ -188,7 +187,7 @@ def gain_of(magnitude: Tensor, blend: Tensor | None, norm: Tensor) -> Gain:
         beta = blend.to(norm.dtype).sigmoid()
         by_blend = (norm - magnitude.to(norm.dtype)) * by_magnitude * (beta * (1 - beta))
         by_magnitude *= 1 - beta
-    return Gain(gain, by_magnitude, by_blend, bool((gain.abs() < SMALL_GAIN).any()))
+    return Gain(gain, by_magnitude, by_blend)
 
 
 def adapted_weight(
@@ -252,8 +251,10 @@ def _gain_gradient(
     if not kept_is_scaled:
         return sums, dbias
     dg = sums / gain
-    if terms.has_small:
-        small = gain.abs() < SMALL_GAIN
+    if terms.has_small is False:
+        return dg, dbias
+    small = gain.abs() < SMALL_GAIN
+    if small.any():
         dg[small] = _column_sums(dy[:, small], product_of(small), gain.dtype, False)[0]
     return dg, dbias
 

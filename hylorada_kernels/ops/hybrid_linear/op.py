@@ -75,17 +75,7 @@ def hybrid_linear(
         RuntimeError: "triton" was asked for and cannot run here.
     """
     _check(
-        x,
-        weight,
-        lora_a,
-        lora_b,
-        magnitude,
-        blend,
-        bias,
-        norm,
-        token_scale,
-        token_scale_target,
-        dropout_p,
+        x, weight, lora_a, lora_b, magnitude, blend, bias, norm, token_scale, token_scale_target, dropout_p, kept_gain
     )
     dtype = backend.autocast_dtype(x)
     if magnitude is not None and norm is None and (norm_grad or dtype not in (None, weight.dtype)):
@@ -142,7 +132,9 @@ def adapted_weight(
     return implementation.adapted_weight(weight, lora_a, lora_b, magnitude, blend, norm, scale=scale)
 
 
-def _check(x, weight, lora_a, lora_b, magnitude, blend, bias, norm, token_scale, token_scale_target, dropout_p):
+def _check(
+    x, weight, lora_a, lora_b, magnitude, blend, bias, norm, token_scale, token_scale_target, dropout_p, kept_gain
+):
     check_adapter(weight, lora_a, lora_b)
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -150,7 +142,7 @@ def _check(x, weight, lora_a, lora_b, magnitude, blend, bias, norm, token_scale,
         )
     if not x.dtype.is_floating_point:
         raise TypeError(f"x must be floating point, got {x.dtype}")
-    for name, tensor in (("blend", blend), ("norm", norm)):
+    for name, tensor in (("blend", blend), ("norm", norm), ("kept_gain", kept_gain)):
         if tensor is not None and magnitude is None:
             raise ValueError(
                 f"{name} was given without magnitude, whose gain m / n it is part of; give both or neither"
