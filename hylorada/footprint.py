@@ -238,7 +238,7 @@ def _kept_bytes(module: nn.Module) -> int:
     if not isinstance(module, HybridLinear) or module.magnitude is None or module.norm_grad or module.merged:
         return 0
     rows = module.magnitude.nbytes * (6 if module.residual_weight is None else 7)
-    weight: Tensor = module.weight
+    weight: Tensor = module._base()
     scaled = 0
     if module.keep_scaled_weight:
         scaled = (weight.numel() + module.lora_b.numel()) * weight.element_size() + module.lora_b.nbytes
