@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hylorada_kernels import backend as dispatch
 from hylorada_kernels import testing
 from hylorada_kernels.testing import interpreter, linear_inputs
+from hylorada_kernels.testing.attention import attention_inputs
 from tests.kernels.parity import assert_parity
 from tests.properties.properties import (
     attention_cases,
@@ -64,6 +65,13 @@ def test_a_beta_near_one_is_granted_its_rounding():
     given.magnitude *= 256
     given.lora_b.zero_()
     only_granted_where_drawn(given)
+
+
+def test_sinks_carry_the_norm_of_a_gradient_alone():
+    given = attention_inputs(
+        1, 1, 1, 4, 1, group_size=1, dtype=torch.float16, sink_tokens=1, causal=False, seed=207
+    )  # fmt: skip
+    check_attention(given)
 
 
 @pytest.mark.parametrize("dtype, tokens, columns, seed", [(torch.bfloat16, 1, 2, 159), (torch.float16, 5, 1, 95)])
