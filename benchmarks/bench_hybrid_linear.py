@@ -81,30 +81,36 @@ def inputs(shape: tuple[int, int, int], dtype: str) -> tuple[torch.Tensor, torch
 
 
 def factors(layer: nn.Module) -> list[nn.Parameter]:
-    if isinstance(layer, HybridLinear):
+    if hasattr(layer, "lora_a"):
         return [layer.lora_a, layer.lora_b]
     if hasattr(layer, "lora_A"):
         return [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
     return []
 
 
-def magnitude(layer: nn.Module) -> nn.Parameter:
-    return layer.magnitude if isinstance(layer, HybridLinear) else layer.lora_magnitude_vector["default"].weight
+def magnitudes(layer: nn.Module) -> list[nn.Parameter]:
+    if isinstance(layer, HybridLinear):
+        return [layer.magnitude]
+    return [part.weight for part in getattr(layer, "lora_magnitude_vector", {}).values()]
 
 
-def assert_agreement(layers: dict[str, nn.Module], x: torch.Tensor, dy: torch.Tensor, dtype: str) -> None:
-    """Our output and gradients are PEFT DoRA's."""
+def assert_agreement(layer: nn.Module, other: nn.Module, x: torch.Tensor, dy: torch.Tensor, dtype: str) -> None:
+    """A layer's output and gradients are another one's."""
     results = []
-    for name in (name for name in (SCALED, "hylorada", "peft dora") if name in layers):
-        layer = layers[name]
-        y = layer(x)
-        leaves = [x, *factors(layer), magnitude(layer)]
-        results.append([y, *torch.autograd.grad(y, leaves, dy)])
-    *ours, theirs = results
-    for mine in ours:
-        for name, own, their in zip(("y", "dx", "dA", "dB", "dm"), mine, theirs, strict=True):
-            error = relative_error(own, their.double())
-            assert error <= AGREEMENT[dtype], f"{name} differs from PEFT DoRA's by {error:.1e}"
+    for module in (layer, other):
+        y = module(x)
+        results.append([y, *torch.autograd.grad(y, [x, *factors(module), *magnitudes(module)], dy)])
+    names = ("y", "dx", "dA", "dB", "dm")[: len(results[0])]
+    for name, ours, theirs in zip(names, *results, strict=True):
+        error = relative_error(ours, theirs.double())
+        assert error <= AGREEMENT[dtype], f"{name} differs from PEFT's by {error:.1e}"
+
+
+def assert_ours_agree(layers: dict[str, nn.Module], x: torch.Tensor, dy: torch.Tensor, dtype: str) -> None:
+    """With PEFT DoRA."""
+    for name in ("hylorada", SCALED):
+        if name in layers:
+            assert_agreement(layers[name], layers["peft dora"], x, dy, dtype)
 
 
 def training_step(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor, *, edit: bool, run=None):
@@ -147,7 +153,7 @@ def ratios(times: dict[str, list[float]]) -> dict[str, float]:
 def test_layer(benchmark, record, paired, norm, dtype, rank, shape):
     layers = contenders(shape, dtype, rank)
     x, dy = inputs(shape, dtype)
-    assert_agreement(layers, x, dy, dtype)
+    assert_ours_agree(layers, x, dy, dtype)
     steps = {name: training_step(layer, x, dy, edit=norm == "new_norm") for name, layer in layers.items()}
     values = ratios(paired(steps, SECONDS_PER_CASE))
     record(f"layer {norm}", {"dtype": dtype, "rank": rank, "tokens, in, out": str(shape)}, values)
@@ -176,7 +182,7 @@ def test_layer_memory(benchmark, record, dtype, shape):
 def test_layer_compiled(benchmark, record, paired, dtype, shape):
     layers = contenders(shape, dtype, 8)
     x, dy = inputs(shape, dtype)
-    assert_agreement(layers, x, dy, dtype)
+    assert_ours_agree(layers, x, dy, dtype)
     names = ["frozen", "peft lora", "peft dora", "hylorada"]
     steps = {name: training_step(layers[name], x, dy, edit=False, run=torch.compile(layers[name])) for name in names}
     steps["hylorada, not compiled"] = training_step(layers["hylorada"], x, dy, edit=False)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.bench_hybrid_linear import AGREEMENT, SCALED, assert_agreement, contenders, factors, inputs
+from benchmarks.bench_hybrid_linear import SCALED, assert_agreement, assert_ours_agree, contenders, factors, inputs
 from benchmarks.memory import MIB, peak_bytes, saved_bytes
 from benchmarks.paired import median_ratio, ratio_spread
 from benchmarks.roofline import linear_backward_work, linear_forward_work, measured_limits
@@ -66,14 +66,8 @@ def layers_and_inputs(layer: str, dtype: str, rank: int):
     x, dy = (tensor.detach().to(DEVICE) for tensor in inputs(shape, dtype))
     x.requires_grad_()
     layers["fused lora"] = FusedLora(layers[BASE])
-    assert_agreement(layers, x, dy, dtype)
-    results = []
-    for layer in (layers["fused lora"], layers[BASE]):
-        trained = factors(layer) if layer is layers[BASE] else [layer.lora_a, layer.lora_b]
-        y = layer(x)
-        results.append([y, *torch.autograd.grad(y, [x, *trained], dy)])
-    for ours, theirs in zip(*results, strict=True):
-        assert relative_error(ours, theirs.double()) <= AGREEMENT[dtype]
+    assert_ours_agree(layers, x, dy, dtype)
+    assert_agreement(layers["fused lora"], layers[BASE], x, dy, dtype)
     return layers, x, dy
 
 

@@ -70,7 +70,7 @@ def ratio_spread(times: dict[str, list[float]], numerator: str, denominator: str
     """Half of the range that nine in ten of the rounds' ratios have.
 
     That of the middle half, which says how sure a median of so many rounds is, is too narrow for another run: memory
-    lies elsewhere then. Two runs on one machine were within it in 41 of 56 cases.
+    lies elsewhere then.
     """
     ratios = [a / b for a, b in zip(times[numerator], times[denominator], strict=True)]
     if len(ratios) == 1:

@@ -21,16 +21,10 @@ _lock = threading.Lock()
 
 class _Kept(NamedTuple):
     gain: eager.Gain
-    # the norm itself, which is never written to, and copies
+    # what it was made from: the norm itself, which is never written to, the weight's key where that was scaled, copies
     norm: Tensor
-    magnitude: Tensor
-    blend: Tensor | None
-    # where a weight was scaled: its key, and copies of a sample and of B
     key: list[int]
-    scaled: tuple[Tensor, ...]
-
-    def holds(self, magnitude: Tensor, blend: Tensor | None, norm: Tensor) -> bool:
-        return self.norm is norm and _is_equal(self.magnitude, magnitude) and _is_equal(self.blend, blend)
+    copies: list[Tensor | None]
 
 
 class GainCache:
@@ -60,12 +54,14 @@ class GainCache:
             return None
         with torch.no_grad():
             key: list[int] = []
-            scaled: tuple[Tensor, ...] = ()
+            made_from = [magnitude, blend]
             if scale_weight:
-                key, scaled = weight_key(weight), (sample_of(weight, sample_step(weight)), lora_b)
+                key = weight_key(weight)
+                made_from += [sample_of(weight, sample_step(weight)), lora_b]
             with _lock:
                 kept = self._kept
-                if kept is not None and kept.holds(magnitude, blend, norm) and _is_same(kept, key, scaled):
+                is_same = kept is not None and kept.norm is norm and kept.key == key
+                if is_same and all(map(_is_equal, kept.copies, made_from)):
                     return kept.gain
                 # freed first, unless a graph still needs it
                 self._kept = kept = None
@@ -74,10 +70,8 @@ class GainCache:
                     gain = gain._replace(has_small=bool((gain.gain.abs() < eager.SMALL_GAIN).any()))
                     if scale_weight:
                         gain = eager.with_scaled_weight(gain, weight, lora_b)
-                blend = None if blend is None else blend.clone()
-                self._kept = _Kept(
-                    gain, norm, magnitude.clone(), blend, key, tuple(tensor.clone() for tensor in scaled)
-                )
+                copies = [None if tensor is None else tensor.clone() for tensor in made_from]
+                self._kept = _Kept(gain, norm, key, copies)
                 return gain
 
     def invalidate(self) -> None:
@@ -86,11 +80,6 @@ class GainCache:
 
     def __getstate__(self) -> dict:
         return {"_kept": None}
-
-
-def _is_same(kept: _Kept, key: list[int], scaled: tuple[Tensor, ...]) -> bool:
-    is_same = kept.key == key and len(kept.scaled) == len(scaled)
-    return is_same and all(_is_equal(*pair) for pair in zip(kept.scaled, scaled, strict=True))
 
 
 def _is_equal(kept: Tensor | None, given: Tensor | None) -> bool:

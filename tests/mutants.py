@@ -114,10 +114,10 @@ MUTANTS = [
         "hylorada_kernels/gain_cache.py",
         f"{KERNEL_TESTS}/test_norm_cache.py -k 'not triton'",
         {
-            "the magnitude is not compared": (" and _is_equal(self.magnitude, magnitude)", ""),
-            "the blend is not compared": (" and _is_equal(self.blend, blend)", ""),
-            "the norm is not compared": ("self.norm is norm and ", ""),
-            "the scaled weight is not compared": (" and _is_same(kept, key, scaled)", ""),
+            "the magnitude is not compared": ("made_from = [magnitude, blend]", "made_from = [blend]"),
+            "the blend is not compared": ("made_from = [magnitude, blend]", "made_from = [magnitude]"),
+            "the norm is not compared": ("kept.norm is norm and ", ""),
+            "the scaled B is not compared": ("sample_step(weight)), lora_b]", "sample_step(weight))]"),
         },
     ),
     *_of(

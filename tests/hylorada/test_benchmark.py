@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from datetime import datetime
 from pathlib import Path
@@ -266,8 +265,9 @@ def test_an_arm_whose_process_is_killed_is_named(monkeypatch):
         run_in_own_process(None, comparison.Arm("lora", "lora"), 1e-3, 3, None)
 
 
-def test_an_arm_ends_with_the_comparison_that_started_it():
-    script = (
+def test_an_arm_ends_with_the_comparison_that_started_it(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
         "import os, sys, time\n"
         "from hylorada import comparison\n"
         "def linger(*_):\n"
@@ -277,12 +277,9 @@ def test_an_arm_ends_with_the_comparison_that_started_it():
         "    comparison.run_arm = linger\n"
         "    comparison.run_in_own_process(None, None, None, 0, None)\n"
     )
-    with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
-        file.write(script)
-        file.flush()
-        with subprocess.Popen([sys.executable, file.name], stdout=subprocess.PIPE, text=True) as parent:
-            arm = int(parent.stdout.readline())
-            parent.kill()
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as parent:
+        arm = int(parent.stdout.readline())
+        parent.kill()
     # its parent is no longer there to collect it, so that it is gone at once when it ends
     deadline = time.monotonic() + 60
     while Path(f"/proc/{arm}").exists() and time.monotonic() < deadline:

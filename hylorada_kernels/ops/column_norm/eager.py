@@ -8,8 +8,7 @@ from torch import Tensor
 CANCELLATION = 0.3
 # the same for what cancels within B A, of the square of the sum of its terms' sizes: where the rows of A are dependent
 INNER_CANCELLATION = 2.0**-8
-# below this rank a product whose last axis is the rank fills no vector: laid down the other way it is up to five times
-# as fast, the turning over included
+# below this rank a product whose last axis is the rank fills no vector: it is made the other way, and turned
 THIN_RANK = 16
 # elements of W held in fp32 at a time: small enough for the second-level cache
 CHUNK_ELEMENTS = 1 << 18

@@ -61,7 +61,7 @@ def hybrid_linear(
         token_scale: x.shape[:-1], the position scale p, fp32 (fp64 for fp64 input).
         save_output: keep y for the backward (no new memory where its consumer keeps it); False computes z again there.
             In Triton z is y - bias, so that a bias much larger than z costs the magnitude's and the blend's gradients
-            digits: 18 eps were seen in one row. False does not.
+            digits; False does not.
         dropout_p: in [0, 1); the caller passes 0 outside training.
         kept_gain: what follows from magnitude, blend and norm, if the caller keeps it (`gain_cache`): the eager path
             then does not make it again. Where Triton runs, or a trace, it would gain nothing and is left alone.
