@@ -54,6 +54,16 @@ MUTANTS = [
         },
     ),
     *_of(
+        f"{OPS}/_thin.py",
+        f"{KERNEL_TESTS}/test_thin.py",
+        {
+            "the rows left over are forgotten": ("whole == rows else", "whole else"),
+            "groups of columns are not turned back": ("product.movedim(0, 1).reshape", "product.reshape"),
+            "a batch is not scaled": ("groups, factors, beta=0, alpha=scale", "groups, factors, beta=0"),
+            "nothing is taken in groups": ("BATCH_ELEMENTS = 1 << 19", "BATCH_ELEMENTS = 1 << 40"),
+        },
+    ),
+    *_of(
         f"{OPS}/column_norm/kernel.py",
         f"{KERNEL_TESTS}/test_column_norm.py {KERNEL_TESTS}/test_norm_cache.py -k triton",
         {

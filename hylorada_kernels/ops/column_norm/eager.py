@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
+from .._thin import narrow
+
 # below this share of ||W||^2 the expansion may have lost a digit to cancellation; above it n^2 is at least a 17th of
 # the sum of its terms' sizes, whatever B A is. In practice no row ever is
 CANCELLATION = 0.3
 # the same for what cancels within B A, of the square of the sum of its terms' sizes: where the rows of A are dependent
 INNER_CANCELLATION = 2.0**-8
-# below this rank a product whose last axis is the rank fills no vector: it is made the other way, and turned
-THIN_RANK = 16
 # elements of W held in fp32 at a time: small enough for the second-level cache
 CHUNK_ELEMENTS = 1 << 18
 
@@ -29,20 +29,14 @@ def norm_and_base(
     """
     dtype = accumulation_dtype(weight)
     a, b = lora_a.to(dtype), lora_b.to(dtype)
-    is_thin = a.shape[0] < THIN_RANK
-    shape = (a.shape[0], weight.shape[0]) if is_thin else (weight.shape[0], a.shape[0])
-    products = weight.new_empty(shape, dtype=dtype)
+    products = b.new_empty(b.shape)
     is_known = base is not None
     squares = base if base is not None else weight.new_empty(weight.shape[0], dtype=dtype)
     for rows in row_chunks(weight, dtype):
         wide = weight[rows].to(dtype)
         if not is_known:
             torch.linalg.vector_norm(wide, dim=1, out=squares[rows])
-        if is_thin:
-            torch.mm(a, wide.T, out=products[:, rows])
-        else:
-            torch.mm(wide, a.T, out=products[rows])
-    products = products.T if is_thin else products
+        products[rows] = narrow(wide, a, batch_from=0)
     if not is_known:
         squares.square_()
     squared = (torch.addmm(products, b, a @ a.T, beta=2 * scale, alpha=scale**2) * b).sum(1).add_(squares)

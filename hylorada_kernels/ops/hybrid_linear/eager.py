@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from .._thin import gather, narrow, spread
 from ..column_norm import eager as column_norm
 
 # below this gain the product z = y / g has lost its digits: it is computed again for those columns
@@ -70,7 +70,7 @@ def forward(
     if p_input is not None and not scales_product:
         x = x * p_input
     thinned, mask = torch.native_dropout(x, dropout_p, True) if dropout_p else (x, x.new_empty(0, dtype=torch.bool))
-    h = F.linear(thinned, lora_a.to(x.dtype))
+    h = narrow(thinned, lora_a.to(x.dtype))
     product = _product(x, weight, h, lora_b, scale, p_delta, bias if magnitude is None else None)
     if p_input is not None and scales_product:
         # h is narrow, where a broadcast product is slow: the backward scales it
@@ -126,7 +126,7 @@ def backward(
         dz, wide_weight, factor = dy if magnitude is None else _scale_columns(dy, gain), weight, lora_b
 
     if need_x or need_a or need_p:
-        dh = _times_lora_b(dz, factor.to(x.dtype))
+        dh = narrow(dz, factor.to(x.dtype).T)
         if need_p and p_delta is not None:
             dp = scale * (dh * h).sum(1, dtype=token_scale.dtype)
         if p_delta is not None:
@@ -134,9 +134,9 @@ def backward(
         if need_a:
             scaled_dh = dh if p_input is None else dh * p_input
             thinned = x * mask * (1 / (1 - dropout_p)) if dropout_p else x
-            da = _factor_gradient(scaled_dh.T, thinned, scale, lora_a.dtype)
+            da = _factor_gradient(scaled_dh, thinned, scale, lora_a.dtype).contiguous()
         if need_x or (need_p and p_input is not None):
-            dx = _scaled_product(dh, lora_a.to(x.dtype), scale)
+            dx = spread(dh, lora_a.to(x.dtype), scale)
             if dropout_p:
                 dx *= mask * (1 / (1 - dropout_p))
             dx.addmm_(dz, wide_weight)
@@ -146,10 +146,7 @@ def backward(
             dx = dx.mul_(p_input) if need_x else nothing
     if need_b:
         weighted_h = h if p_delta is None else h * p_delta
-        if h.shape[1] < column_norm.THIN_RANK:
-            db = _factor_gradient(weighted_h.T, dz, scale, lora_b.dtype).T.contiguous()
-        else:
-            db = _factor_gradient(dz.T, weighted_h, scale, lora_b.dtype)
+        db = _factor_gradient(weighted_h, dz, scale, lora_b.dtype).T.contiguous()
         if is_scaled:
             db *= gain[:, None]
     if need_m or need_blend or need_norm:
@@ -272,26 +269,15 @@ def _product(
     if p_delta is not None:
         h = h * p_delta
     factor = lora_b.to(x.dtype).T
-    low = _scaled_product(h, factor, scale) if bias is None else torch.addmm(bias, h, factor, alpha=scale)
+    low = spread(h, factor, scale) if bias is None else torch.addmm(bias, h, factor, alpha=scale)
     return low.addmm_(x, weight.T)
 
 
-def _times_lora_b(dz: Tensor, factor: Tensor) -> Tensor:
-    if dz.is_cpu and dz.dtype == torch.float32 and factor.shape[1] < column_norm.THIN_RANK:
-        return F.linear(dz, factor.T.contiguous())
-    return dz @ factor
-
-
-def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """scale * left @ right, rounded once."""
-    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
-
-
-def _factor_gradient(left: Tensor, right: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """scale * left @ right in the factor's dtype. fp16 is scaled there: under a loss scale its range ends soon."""
-    if left.dtype == torch.float16:
-        return (left @ right).to(dtype).mul_(scale)
-    return _scaled_product(left, right, scale).to(dtype)
+def _factor_gradient(thin: Tensor, wide: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """scale * thin.T @ wide in the factor's dtype. fp16 is scaled there: under a loss scale its range ends soon."""
+    if thin.dtype == torch.float16:
+        return gather(thin, wide, 1.0).to(dtype).mul_(scale)
+    return gather(thin, wide, scale).to(dtype)
 
 
 def _split_token_scale(

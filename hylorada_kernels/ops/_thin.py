@@ -1,0 +1,63 @@
+"""Products of which one side, the rank, is thin, in PyTorch, laid down as a processor is quickest at.
+
+A library splits a product between threads along its large sides, which is rarely how the thread that wrote the operand
+was chosen: lines travel between the caches of the cores, and a thin product has too little work to hide it. A batch of
+products of a few rows each is split by rows, as writing is. Measured in fp32; 16-bit products are as quick whole.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# from this rank on a whole product is as quick
+THIN_RANK = 16
+# rows, or columns, of each product of a batch
+GROUP = 64
+# elements of the wide matrix below which the calls of a batch cost more than it saves
+BATCH_ELEMENTS = 1 << 19
+
+
+def narrow(wide: Tensor, factor: Tensor, *, batch_from: int = BATCH_ELEMENTS) -> Tensor:
+    """wide @ factor.T: (T, K) and (R, K) -> (T, R). `batch_from`: the fewest elements of a matrix to take in groups."""
+    (rows, _), rank = wide.shape, factor.shape[0]
+    if not _is_thin(wide, rank):
+        return F.linear(wide, factor)
+    # by thin columns no vector is filled
+    factor = factor.contiguous()
+    whole = rows - rows % GROUP
+    if not whole or wide.numel() < batch_from:
+        return F.linear(wide, factor)
+    groups = wide[:whole].unflatten(0, (-1, GROUP))
+    product = torch.bmm(factor.expand(len(groups), -1, -1), groups.mT).mT.reshape(whole, rank)
+    return product if whole == rows else torch.cat([product, F.linear(wide[whole:], factor)])
+
+
+def spread(thin: Tensor, factor: Tensor, scale: float) -> Tensor:
+    """scale * thin @ factor, rounded once: (T, R) and (R, N) -> (T, N)."""
+    (rows, rank), columns = thin.shape, factor.shape[1]
+    if rows % GROUP or not _is_thin(thin, rank) or rows * columns < BATCH_ELEMENTS:
+        return _scaled(thin, factor, scale)
+    groups = thin.unflatten(0, (-1, GROUP))
+    factors = factor.expand(len(groups), -1, -1)
+    return torch.baddbmm(thin.new_empty(1, 1, 1), groups, factors, beta=0, alpha=scale).flatten(0, 1)
+
+
+def gather(thin: Tensor, wide: Tensor, scale: float) -> Tensor:
+    """scale * thin.T @ wide, rounded once, in any layout: (T, R) and (T, K) -> (R, K)."""
+    rank, columns = thin.shape[1], wide.shape[1]
+    if _is_thin(wide, rank) and columns % GROUP == 0 and wide.numel() >= BATCH_ELEMENTS:
+        groups = wide.unflatten(1, (-1, GROUP)).movedim(1, 0)
+        factors = thin.T.expand(len(groups), -1, -1)
+        product = torch.baddbmm(thin.new_empty(1, 1, 1), factors, groups, beta=0, alpha=scale)
+        return product.movedim(0, 1).reshape(rank, columns)
+    if wide.is_cpu and wide.dtype == torch.float32 and rank >= THIN_RANK:
+        return _scaled(wide.T, thin, scale).T
+    return _scaled(thin.T, wide, scale)
+
+
+def _scaled(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
+
+
+def _is_thin(tensor: Tensor, rank: int) -> bool:
+    return tensor.is_cpu and tensor.dtype == torch.float32 and rank < THIN_RANK

@@ -1,0 +1,65 @@
+"""Thin products: whatever way they are laid down, they are the product, to the rounding of their dtype."""
+
+import pytest
+import torch
+
+from hylorada_kernels.ops import _thin
+from hylorada_kernels.testing import allowed_error, assert_within, relative_error
+
+SHAPES = {
+    "small": (48, 40),
+    "whole groups": (1024, 640),
+    "rows left over": (1030, 640),
+    "columns left over": (1024, 650),
+    "none": (0, 640),
+}
+RANKS = [1, 8, _thin.THIN_RANK, 64]
+
+
+def operands(shape: str, rank: int, dtype: torch.dtype, *, is_transposed: bool):
+    torch.manual_seed(0)
+    rows, columns = SHAPES[shape]
+    wide = torch.randn(columns, rows, dtype=dtype).T if is_transposed else torch.randn(rows, columns, dtype=dtype)
+    return wide, torch.randn(rows, rank, dtype=dtype), torch.randn(rank, columns, dtype=dtype)
+
+
+@pytest.mark.parametrize("is_transposed", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_way_is_the_product(shape, rank, dtype, is_transposed):
+    wide, thin, factor = operands(shape, rank, dtype, is_transposed=is_transposed)
+    exact_wide, exact_thin, exact_factor = wide.double(), thin.double(), factor.double()
+    found = {
+        "narrow": (_thin.narrow(wide, factor), exact_wide @ exact_factor.T),
+        "narrow, in groups": (_thin.narrow(wide, factor, batch_from=0), exact_wide @ exact_factor.T),
+        "spread": (_thin.spread(thin, factor, 0.3), 0.3 * exact_thin @ exact_factor),
+        "gather": (_thin.gather(thin, wide, 0.3), 0.3 * exact_thin.T @ exact_wide),
+    }
+    lengths = {"spread": rank, "gather": wide.shape[0]}
+    for name, (result, truth) in found.items():
+        assert result.dtype == dtype, name
+        length = lengths.get(name, wide.shape[1])
+        floor = relative_error(truth.to(dtype), truth)
+        allowed = allowed_error(floor, dtype, factor=1.05, independent=result.numel(), length=length)
+        assert_within(name, result, truth, allowed)
+
+
+@pytest.mark.parametrize(
+    ("call", "operation"),
+    [
+        (lambda wide, thin, factor: _thin.narrow(wide, factor), "aten::bmm"),
+        (lambda wide, thin, factor: _thin.spread(thin, factor, 0.3), "aten::baddbmm"),
+        (lambda wide, thin, factor: _thin.gather(thin, wide, 0.3), "aten::baddbmm"),
+    ],
+    ids=["narrow", "spread", "gather"],
+)
+@pytest.mark.parametrize(
+    ("shape", "rank", "is_batched"),
+    [("whole groups", 8, True), ("small", 8, False), ("whole groups", _thin.THIN_RANK, False)],
+    ids=["large and thin", "small", "not thin"],
+)
+def test_large_matrices_and_thin_factors_are_taken_in_groups(call, operation, shape, rank, is_batched):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call(*operands(shape, rank, torch.float32, is_transposed=False))
+    assert (operation in {event.key for event in profile.key_averages()}) == is_batched
