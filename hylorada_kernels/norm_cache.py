@@ -170,10 +170,11 @@ def _compared(
             weight.detach(), lora_a, lora_b, scale=scale, base=base if is_same_weight else None
         )
         norm.copy_(fresh)
-        base.copy_(fresh_base)
         kept_a.copy_(lora_a)
         kept_b.copy_(lora_b)
-        kept_sample.copy_(sample)
+        if not is_same_weight:
+            base.copy_(fresh_base)
+            kept_sample.copy_(sample)
         kept_key.copy_(torch.tensor(key))
         return fresh
 

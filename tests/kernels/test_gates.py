@@ -169,7 +169,7 @@ class LargestResult(TorchDispatchMode):
 @pytest.mark.parametrize("norm_grad", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_eager_path_makes_nothing_of_the_size_of_the_weight(dtype, norm_grad):
-    given = linear_inputs(8, 1024, 768, 4, dtype=dtype)
+    given = linear_inputs(8, 2048, 1536, 4, dtype=dtype)
     with using("eager"), LargestResult() as largest:
         leaves = given.requiring_grad()
         hybrid_linear(**leaves.arguments(), norm_grad=norm_grad).backward(leaves.dy)

@@ -3,15 +3,15 @@
 import torch
 from torch import Tensor
 
-from .._thin import narrow
+from .._thin import GROUP, narrow
 
 # below this share of ||W||^2 the expansion may have lost a digit to cancellation; above it n^2 is at least a 17th of
 # the sum of its terms' sizes, whatever B A is. In practice no row ever is
 CANCELLATION = 0.3
 # the same for what cancels within B A, of the square of the sum of its terms' sizes: where the rows of A are dependent
 INNER_CANCELLATION = 2.0**-8
-# elements of W held in fp32 at a time: small enough for the second-level cache
-CHUNK_ELEMENTS = 1 << 18
+# elements of W held in fp32 at a time: few calls, and small enough for a shared cache
+CHUNK_ELEMENTS = 1 << 20
 
 
 def forward(weight: Tensor, lora_a: Tensor, lora_b: Tensor, *, scale: float) -> Tensor:
@@ -73,5 +73,6 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
 def row_chunks(weight: Tensor, dtype: torch.dtype) -> list[slice]:
     """Slices of rows to widen to `dtype` together: all of them when nothing has to be widened."""
     rows, columns = weight.shape
-    step = rows if weight.dtype == dtype else max(16, CHUNK_ELEMENTS // max(columns, 1))
+    groups = CHUNK_ELEMENTS // (GROUP * max(columns, 1))
+    step = rows if weight.dtype == dtype else GROUP * max(groups, 1)
     return [slice(start, start + step) for start in range(0, rows, max(step, 1))]
