@@ -4,7 +4,8 @@
 
 (likewise accumulation, where 8 micro-batches share a norm; checkpointing; memory). The models are built as a user
 would: `peft.get_peft_model`, and `HyLoRADAModel` with its position bias off, as PEFT has none, and on. Rank 8, fp32
-adapters, fused AdamW, the default of transformers' trainer. Loss and gradients are compared with PEFT DoRA's before anything is timed.
+adapters, fused AdamW, the default of transformers' trainer. Loss and gradients are compared with PEFT DoRA's before
+anything is timed.
 """
 
 import copy
