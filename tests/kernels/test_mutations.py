@@ -15,13 +15,13 @@ from tests.kernels.parity import assert_parity
 
 # name: (text of the implementation, what stands there in the mutant)
 EAGER = {
-    "s is dropped": ("low = _scaled_product(h, factor, scale)", "low = _scaled_product(h, factor, 1.0)"),
+    "s is dropped": ("low = spread(h, factor, scale)", "low = spread(h, factor, 1.0)"),
     "s is dropped in the backward": (
-        "dx = _scaled_product(dh, lora_a.to(x.dtype), scale)",
+        "dx = spread(dh, lora_a.to(x.dtype), scale)",
         "dx = dh @ lora_a.to(x.dtype)",
     ),
     "g is dropped in dx": ("dx.addmm_(dz, wide_weight)", "dx.addmm_(dy, wide_weight)"),
-    "g is dropped in dB": ("_factor_gradient(weighted_h.T, dz, scale", "_factor_gradient(weighted_h.T, dy, scale"),
+    "g is dropped in dB": ("_factor_gradient(weighted_h, dz, scale", "_factor_gradient(weighted_h, dy, scale"),
     "the bias is scaled": ("else scaled.add_(bias)", "else scaled.add_(bias * gain)"),
     "the blend is upside down": (
         "torch.lerp(ratio, torch.ones_like(ratio)",
