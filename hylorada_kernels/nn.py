@@ -104,7 +104,7 @@ class HybridLinear(nn.Module):
             use_magnitude: learn the rows' magnitude (DoRA).
             use_blend: blend it with the plain update (HyLoRADA); ignored without it.
             init: of lora_a, "orthogonal" or "kaiming".
-            norm_grad: let the gradient through the norm (DoRA section 4.3 does not).
+            norm_grad: let the gradient through the norm (DoRA section 4.3 does not); ignored without a magnitude.
             token_scale_target: what a position scale multiplies, the whole "output" or the low-rank "delta".
             keep_scaled_weight: on the CPU, keep the weight with its gain, as much memory again as the weight; made
                 anew after every optimizer step, it pays with accumulation, and rounds 16-bit weights once more.

@@ -17,7 +17,7 @@ GROUP = 64
 BATCH_ELEMENTS = 1 << 19
 
 
-def narrow(wide: Tensor, factor: Tensor, *, batch_from: int = BATCH_ELEMENTS) -> Tensor:
+def project_down(wide: Tensor, factor: Tensor, *, batch_from: int = BATCH_ELEMENTS) -> Tensor:
     """wide @ factor.T: (T, K) and (R, K) -> (T, R). `batch_from`: the fewest elements of a matrix to take in groups."""
     (rows, _), rank = wide.shape, factor.shape[0]
     if not _is_thin(wide, rank):
@@ -32,7 +32,7 @@ def narrow(wide: Tensor, factor: Tensor, *, batch_from: int = BATCH_ELEMENTS) ->
     return product if whole == rows else torch.cat([product, F.linear(wide[whole:], factor)])
 
 
-def spread(thin: Tensor, factor: Tensor, scale: float) -> Tensor:
+def project_up(thin: Tensor, factor: Tensor, scale: float) -> Tensor:
     """scale * thin @ factor, rounded once: (T, R) and (R, N) -> (T, N)."""
     (rows, rank), columns = thin.shape, factor.shape[1]
     if rows % GROUP or not _is_thin(thin, rank) or rows * columns < BATCH_ELEMENTS:
@@ -42,8 +42,8 @@ def spread(thin: Tensor, factor: Tensor, scale: float) -> Tensor:
     return torch.baddbmm(thin.new_empty(1, 1, 1), groups, factors, beta=0, alpha=scale).flatten(0, 1)
 
 
-def gather(thin: Tensor, wide: Tensor, scale: float) -> Tensor:
-    """scale * thin.T @ wide, rounded once, in any layout: (T, R) and (T, K) -> (R, K)."""
+def outer_sum(thin: Tensor, wide: Tensor, scale: float) -> Tensor:
+    """scale * thin.T @ wide, a sum of outer products of rows, rounded once: (T, R) and (T, K) -> (R, K), any layout."""
     rank, columns = thin.shape[1], wide.shape[1]
     if _is_thin(wide, rank) and columns % GROUP == 0 and wide.numel() >= BATCH_ELEMENTS:
         groups = wide.unflatten(1, (-1, GROUP)).movedim(1, 0)

@@ -34,9 +34,10 @@ def assert_parity(given, backend, *, drawn=False):
     results = {"out": (y, truth, theirs, amplitude)}
     for name, true in wide.gradients().items():
         results[name] = gradients[name], true, low.gradients()[name], amplitudes[name]
+    tokens, head_dim = given.q.shape[-2:]
     for name, (result, true, own, size) in results.items():
         assert result.dtype == dtype
-        (tokens, head_dim), independent, length = given.q.shape[-2:], result.numel(), given.q.shape[-1]
+        independent, length = result.numel(), head_dim
         if drawn:
             # a weight that is rounded once shows in a whole head; sums run over the tokens too
             independent, length = _carrying(size) // head_dim, head_dim + tokens

@@ -15,9 +15,9 @@ from tests.kernels.parity import assert_parity
 
 # name: (text of the implementation, what stands there in the mutant)
 EAGER = {
-    "s is dropped": ("low = spread(h, factor, scale)", "low = spread(h, factor, 1.0)"),
+    "s is dropped": ("low = project_up(h, factor, scale)", "low = project_up(h, factor, 1.0)"),
     "s is dropped in the backward": (
-        "dx = spread(dh, lora_a.to(x.dtype), scale)",
+        "dx = project_up(dh, lora_a.to(x.dtype), scale)",
         "dx = dh @ lora_a.to(x.dtype)",
     ),
     "g is dropped in dx": ("dx.addmm_(dz, wide_weight)", "dx.addmm_(dy, wide_weight)"),

@@ -31,12 +31,12 @@ def test_every_way_is_the_product(shape, rank, dtype, is_transposed):
     wide, thin, factor = operands(shape, rank, dtype, is_transposed=is_transposed)
     exact_wide, exact_thin, exact_factor = wide.double(), thin.double(), factor.double()
     found = {
-        "narrow": (_thin.narrow(wide, factor), exact_wide @ exact_factor.T),
-        "narrow, in groups": (_thin.narrow(wide, factor, batch_from=0), exact_wide @ exact_factor.T),
-        "spread": (_thin.spread(thin, factor, 0.3), 0.3 * exact_thin @ exact_factor),
-        "gather": (_thin.gather(thin, wide, 0.3), 0.3 * exact_thin.T @ exact_wide),
+        "down": (_thin.project_down(wide, factor), exact_wide @ exact_factor.T),
+        "down, in groups": (_thin.project_down(wide, factor, batch_from=0), exact_wide @ exact_factor.T),
+        "up": (_thin.project_up(thin, factor, 0.3), 0.3 * exact_thin @ exact_factor),
+        "outer": (_thin.outer_sum(thin, wide, 0.3), 0.3 * exact_thin.T @ exact_wide),
     }
-    lengths = {"spread": rank, "gather": wide.shape[0]}
+    lengths = {"up": rank, "outer": wide.shape[0]}
     for name, (result, truth) in found.items():
         assert result.dtype == dtype, name
         length = lengths.get(name, wide.shape[1])
@@ -48,11 +48,11 @@ def test_every_way_is_the_product(shape, rank, dtype, is_transposed):
 @pytest.mark.parametrize(
     ("call", "operation"),
     [
-        (lambda wide, thin, factor: _thin.narrow(wide, factor), "aten::bmm"),
-        (lambda wide, thin, factor: _thin.spread(thin, factor, 0.3), "aten::baddbmm"),
-        (lambda wide, thin, factor: _thin.gather(thin, wide, 0.3), "aten::baddbmm"),
+        (lambda wide, thin, factor: _thin.project_down(wide, factor), "aten::bmm"),
+        (lambda wide, thin, factor: _thin.project_up(thin, factor, 0.3), "aten::baddbmm"),
+        (lambda wide, thin, factor: _thin.outer_sum(thin, wide, 0.3), "aten::baddbmm"),
     ],
-    ids=["narrow", "spread", "gather"],
+    ids=["down", "up", "outer"],
 )
 @pytest.mark.parametrize(
     ("shape", "rank", "is_batched"),

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .._thin import GROUP, narrow
+from .._thin import GROUP, project_down
 
 # below this share of ||W||^2 the expansion may have lost a digit to cancellation; above it n^2 is at least a 17th of
 # the sum of its terms' sizes, whatever B A is. In practice no row ever is
@@ -36,7 +36,9 @@ def norm_and_base(
         wide = weight[rows].to(dtype)
         if not is_known:
             torch.linalg.vector_norm(wide, dim=1, out=squares[rows])
-        products[rows] = narrow(wide, a, batch_from=0)
+        products[rows] = project_down(wide, a, batch_from=0)
+        # freed before more rows are widened
+        del wide
     if not is_known:
         squares.square_()
     squared = (torch.addmm(products, b, a @ a.T, beta=2 * scale, alpha=scale**2) * b).sum(1).add_(squares)
@@ -60,8 +62,9 @@ def backward(
     da = scale * (weighted.T @ b) @ a
     for rows in row_chunks(weight, dtype):
         wide = weight[rows].to(dtype)
-        db[rows] += (scale * d[rows])[:, None] * (wide @ a.T)
+        db[rows] += (scale * d[rows])[:, None] * project_down(wide, a, batch_from=0)
         da.addmm_(weighted[rows].T, wide)
+        del wide
     return da.to(lora_a.dtype), db.to(lora_b.dtype)
 
 

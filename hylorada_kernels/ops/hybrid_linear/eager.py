@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._thin import gather, narrow, spread
+from .._thin import outer_sum, project_down, project_up
 from ..column_norm import eager as column_norm
 
 # below this gain the product z = y / g has lost its digits: it is computed again for those columns
@@ -70,7 +70,7 @@ def forward(
     if p_input is not None and not scales_product:
         x = x * p_input
     thinned, mask = torch.native_dropout(x, dropout_p, True) if dropout_p else (x, x.new_empty(0, dtype=torch.bool))
-    h = narrow(thinned, lora_a.to(x.dtype))
+    h = project_down(thinned, lora_a.to(x.dtype))
     product = _product(x, weight, h, lora_b, scale, p_delta, bias if magnitude is None else None)
     if p_input is not None and scales_product:
         # h is narrow, where a broadcast product is slow: the backward scales it
@@ -126,7 +126,7 @@ def backward(
         dz, wide_weight, factor = dy if magnitude is None else _scale_columns(dy, gain), weight, lora_b
 
     if need_x or need_a or need_p:
-        dh = narrow(dz, factor.to(x.dtype).T)
+        dh = project_down(dz, factor.to(x.dtype).T)
         if need_p and p_delta is not None:
             dp = scale * (dh * h).sum(1, dtype=token_scale.dtype)
         if p_delta is not None:
@@ -136,7 +136,7 @@ def backward(
             thinned = x * mask * (1 / (1 - dropout_p)) if dropout_p else x
             da = _factor_gradient(scaled_dh, thinned, scale, lora_a.dtype).contiguous()
         if need_x or (need_p and p_input is not None):
-            dx = spread(dh, lora_a.to(x.dtype), scale)
+            dx = project_up(dh, lora_a.to(x.dtype), scale)
             if dropout_p:
                 dx *= mask * (1 / (1 - dropout_p))
             dx.addmm_(dz, wide_weight)
@@ -269,15 +269,15 @@ def _product(
     if p_delta is not None:
         h = h * p_delta
     factor = lora_b.to(x.dtype).T
-    low = spread(h, factor, scale) if bias is None else torch.addmm(bias, h, factor, alpha=scale)
+    low = project_up(h, factor, scale) if bias is None else torch.addmm(bias, h, factor, alpha=scale)
     return low.addmm_(x, weight.T)
 
 
 def _factor_gradient(thin: Tensor, wide: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """scale * thin.T @ wide in the factor's dtype. fp16 is scaled there: under a loss scale its range ends soon."""
     if thin.dtype == torch.float16:
-        return gather(thin, wide, 1.0).to(dtype).mul_(scale)
-    return gather(thin, wide, scale).to(dtype)
+        return outer_sum(thin, wide, 1.0).to(dtype).mul_(scale)
+    return outer_sum(thin, wide, scale).to(dtype)
 
 
 def _split_token_scale(
