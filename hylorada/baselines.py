@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from .components import length_scaling
 from .config import BASELINES, METHODS, PRESETS, HyLoRADAConfig
 from .model import HyLoRADAModel, enable_checkpointing
-from .sparse import add_sparse_adapters
+from .sparse_mlp import add_sparse_adapters
+
+_LENGTH = ("rope_scaling_type", "rope_scaling_factor", "position_extension")
+# the fields of HyLoRADAConfig that the methods without one of their own follow
+_FOLLOWED = {
+    "baseline": _LENGTH,
+    "full": (*_LENGTH, "gradient_checkpointing"),
+    "sparse": (*_LENGTH, "gradient_checkpointing", "lora_rank"),
+}
 
 
 def baseline_config(name: str, **overrides: Any) -> HyLoRADAConfig | None:
@@ -39,8 +49,8 @@ def get_baseline_model(name: str, base_model: PreTrainedModel, **overrides: Any)
             "dora" (LoRA and a learned row norm); "lorada" (LoRA and Direct Attention Adaptation); "longlora" (LoRA,
             shifted sparse attention by heads, trained embeddings and norms); "sparse" (adapters of lora_rank units
             behind every MLP, half of them active); "hylorada".
-        overrides: fields of HyLoRADAConfig that every method of a comparison shares. "baseline" has no use for them,
-            "full" for gradient_checkpointing and "sparse" for that and lora_rank only.
+        overrides: fields of HyLoRADAConfig that every method of a comparison shares. Every method follows the length
+            scaling; of the others "baseline" follows none, "full" gradient_checkpointing, "sparse" that and lora_rank.
 
     Raises:
         ValueError: an unknown method, an override that would make it another one, or a model that does not fit.
@@ -49,6 +59,9 @@ def get_baseline_model(name: str, base_model: PreTrainedModel, **overrides: Any)
     if config is not None:
         return HyLoRADAModel(base_model, config)
     shared = HyLoRADAConfig(**overrides)
+    length = length_scaling(base_model, shared)
+    if length is not None:
+        length.apply()
     if name == "sparse":
         add_sparse_adapters(base_model, shared.lora_rank, (shared.lora_rank + 1) // 2)
     else:
@@ -56,3 +69,14 @@ def get_baseline_model(name: str, base_model: PreTrainedModel, **overrides: Any)
     if name != "baseline" and shared.gradient_checkpointing and base_model.supports_gradient_checkpointing:
         enable_checkpointing(base_model, {"use_reentrant": False})
     return base_model
+
+
+def unused_fields(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that are not at HyLoRADAConfig's defaults and that a method without such a config ignores."""
+    if name not in BASELINES:
+        return {}
+    return {
+        field: value
+        for field, value in fields.items()
+        if field not in _FOLLOWED[name] and value != getattr(HyLoRADAConfig, field)
+    }

@@ -12,14 +12,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from .baselines import unused_fields
 from .comparison import Arm, Comparison, check_groups, declare_length, run_in_own_process
 from .data import Document, load_documents, pad_token_id, split_documents, token_blocks
 from .model import HyLoRADAModel
+from .position_table import table_length
 from .pretrained import DTYPES, load_pretrained
 from .provenance import provenance
-from .report import comparison_table, difference_table, write_report
-from .sparse import find_mlp_outputs
-from .trainer import TrainingConfig
+from .report import comparison_table, difference_table, searches_record, write_report
+from .sparse_mlp import find_mlp_outputs
+from .trainer import DivergedError, TrainingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +61,7 @@ def compare(options: argparse.Namespace, arms: list[Arm], reference: str | None 
     model, tokenizer = load_pretrained(options.model, DTYPES[options.dtype])
     # likewise what the model rules out, or an option that all arms share, before anything is measured
     declare_length(model, options.original_length)
+    shared |= _longer_table(model, options)
     if any(arm.method == "sparse" for arm in arms):
         find_mlp_outputs(model)
     for config in [config for arm in arms if (config := arm.config(shared)) is not None][-1:]:
@@ -75,6 +78,8 @@ def compare(options: argparse.Namespace, arms: list[Arm], reference: str | None 
     for arm in arms:
         for name, value in arm.decided(shared).items():
             logger.info("%s decides %s=%r itself; the flag is for the others", arm.name, name, value)
+        for name, value in unused_fields(arm.method, shared).items() if arm.is_trained else ():
+            logger.info("%s has no use for %s=%r; the flag is for the others", arm.name, name, value)
     rows: list[dict[str, Any]] = []
     before: dict[str, list[float]] = {}
     # an arm that is not trained is the same for all seeds
@@ -103,10 +108,40 @@ def _search_rates(
     for number, (arm, rate) in enumerate(itertools.product(trained, grid), start=1):
         logger.info("[search %d/%d] %s, learning rate %g", number, len(trained) * len(grid), arm.name, rate)
         # what the model is before training is not asked here
-        measured = _run(comparison, arm, rate, seed, [math.nan] * len(comparison.test_rows))
-        found.setdefault(arm.name, {})[rate] = measured["perplexity_after"]
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        try:
+            measured = _run(comparison, arm, rate, seed, [math.nan] * len(comparison.test_rows))
+            perplexity = measured["perplexity_after"]
+        except DivergedError as error:
+            logger.warning("%s is out: %s", arm.name, error)
+            perplexity = math.inf
+        found.setdefault(arm.name, {})[rate] = perplexity
+        path.write_text(json.dumps(searches_record(found), indent=1) + "\n", encoding="utf-8")
+    for name, losses in found.items():
+        if not math.isfinite(min(losses.values())):
+            raise ValueError(f"--lr_grid: {name} diverges at every rate of {', '.join(map('{:g}'.format, grid))}")
     return found
+
+
+def _longer_table(model: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """The fields that make a learned position table as long as the texts, which no arm could read otherwise."""
+    length = table_length(model)
+    if length is None or options.max_length <= round(length * options.rope_scaling_factor):
+        return {}
+    factor = options.max_length / length
+    if options.rope_scaling_type is not None:
+        raise ValueError(
+            f"--max_length {options.max_length}: --rope_scaling_factor {options.rope_scaling_factor:g} takes the "
+            f"{length} learned positions of {options.model} to {round(length * options.rope_scaling_factor)}; give "
+            f"{factor:g} or more, or a shorter --max_length"
+        )
+    logger.info(
+        "%s has %d learned positions: its table is made longer for every method, as by --rope_scaling_type auto "
+        "--rope_scaling_factor %g",
+        options.model,
+        length,
+        factor,
+    )
+    return {"rope_scaling_type": "auto", "rope_scaling_factor": factor}
 
 
 def _make_directory(parent: Path, now: datetime) -> Path:

@@ -218,7 +218,9 @@ def evaluate(
         raise ValueError(f"--samples {samples} is for --full: leave it out, or give --full")
     loaded, tokenizer, run = _load(model, base, dtype)
     documents = _documents(data, run)
-    length = max_length or (run.data.max_length if run else 512)
+    length = max_length
+    if length is None:
+        length = run.data.max_length if run else 512
     shared: dict[str, Any] = {"stride": stride, "batch_size": batch_size, "show_progress": True}
     if full:
         import json

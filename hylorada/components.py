@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers import PreTrainedModel
 
-from .config import HyLoRADAConfig
+from .config import POSITION_BUCKETS, HyLoRADAConfig
 from .daa import DirectAttention
 from .embeddings import embedding_parameters, norm_parameters
-from .landmark import POSITION_BUCKETS, LandmarkHook, LandmarkLoRA, check_gate, find_head_input, has_landmarks
+from .landmark import LandmarkHook, LandmarkLoRA, check_gate, find_head_input, has_landmarks
 from .lora import UnifiedLayer
 from .position import PositionBias, PositionScale, find_backbone, has_position_scale
 from .position_table import PositionTable, find_position_table
@@ -213,7 +213,7 @@ class BaseComponent(Component):
 
     @classmethod
     def build(cls, base_model, targets, config):
-        length = _length_scaling(base_model, config)
+        length = length_scaling(base_model, config)
         trained = embedding_parameters(base_model, config.train_embeddings)
         if config.train_norms:
             trained |= norm_parameters(base_model)
@@ -251,7 +251,8 @@ class BaseComponent(Component):
         self._base_model, self._new, self._length = base_model, {}, None
 
 
-def _length_scaling(base_model: PreTrainedModel, config: HyLoRADAConfig) -> RopeScaling | PositionTable | None:
+def length_scaling(base_model: PreTrainedModel, config: HyLoRADAConfig) -> RopeScaling | PositionTable | None:
+    """What makes the model's texts longer as the config says, not applied yet; None where it says nothing."""
     scaling_type, factor = config.rope_scaling_type, config.rope_scaling_factor
     extension = config.position_extension
     if scaling_type is None:

@@ -101,8 +101,8 @@ def export_merged(
 
 
 def _with_dtype(model: HyLoRADAModel, dtype: torch.dtype) -> HyLoRADAModel:
-    """The model in eval mode, its base model's parameters in a dtype; the adapter's stay what they are."""
-    own = set(model.adapter_parameters().values())
+    """The model in eval mode, the base model's parameters in a dtype, trained ones too; what was added stays."""
+    own = set(model.added_parameters().values())
     # not the buffers: transformers keeps the frequencies of rotary embeddings in fp32
     for parameter in model.parameters():
         if parameter not in own and parameter.is_floating_point():

@@ -60,6 +60,8 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse
     if parser.parse_known_args(arguments)[0].protocol == "author":
         parser.set_defaults(**AUTHOR)
     options = parser.parse_args(arguments)
+    if options.warmup_ratio is None:
+        options.warmup_ratio = 0.0 if options.lr_scheduler == "constant" else 0.1
     options.seeds = list(dict.fromkeys(options.seeds or [options.seed]))
     if options.lr_grid and options.lr != parser.get_default("lr"):
         parser.error("--lr and --lr_grid exclude each other: rates are given, or searched for")
@@ -95,7 +97,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     add("--lr", nargs="+", default=["2e-4"], help="of every method, or by method: --lr lora=4e-3 hylorada=1e-3")
     add("--lr_grid", nargs="+", help="search every method's rate among these, on validation documents, first seed")
     add("--lr_scheduler", default="linear", help="a name of transformers' schedules")
-    add("--warmup_ratio", type=float, default=0.1)
+    add("--warmup_ratio", type=float, help='default: 0.1; 0 for a scheduler that is "constant"')
     seeds = parser.add_mutually_exclusive_group()
     seeds.add_argument("--seed", type=int, default=0, help="of initial values, dropout and the order of the data")
     seeds.add_argument("--seeds", type=int, nargs="+", help="several: every method runs with each")

@@ -13,7 +13,6 @@ from transformers.utils import ModelOutput
 
 from .position import CACHE_ARGUMENTS, bucket_starts, given_cache, logical_positions
 
-POSITION_BUCKETS = 64
 INIT_STD = 0.02
 
 

@@ -143,6 +143,10 @@ class HyLoRADAModel(nn.Module):
         """The adapter's parameters by the names that they have in a file; while merged, those that still act."""
         return adapter_parameters(adapted_layers(self.base_model)) | _component_parameters(self._components)
 
+    def added_parameters(self) -> dict[str, nn.Parameter]:
+        """The adapter's parameters that the base model does not have: all but its own embeddings and norms."""
+        return _without_base(self.adapter_parameters())
+
     def count_params(self) -> dict[str, int]:
         """Numbers of parameters: "total", "trainable" and the adapter's, by kind."""
         own = self.adapter_parameters()
@@ -201,7 +205,7 @@ class HyLoRADAModel(nn.Module):
 
     def get_memory_estimate(self, seq_len: int, batch_size: int = 1) -> dict[str, float]:
         """What a training step on (batch_size, seq_len) tokens needs; see `memory_estimate` for the numbers."""
-        config, adapter = self.hylorada_config, list(_without_base(self.adapter_parameters()).values())
+        config, adapter = self.hylorada_config, list(self.added_parameters().values())
         return memory_estimate(self, adapter, groups_of(config), config.mixed_precision, seq_len, batch_size)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
@@ -275,7 +279,7 @@ class HyLoRADAModel(nn.Module):
             base_fingerprint=(
                 storage.fingerprint(_base_parameters(self.base_model)) if self.merged else self._base_fingerprint
             ),
-            tensors=_without_base(self.adapter_parameters()) if self.merged else self.adapter_parameters(),
+            tensors=self.added_parameters() if self.merged else self.adapter_parameters(),
         )
         with storage.replacing_files(directory, self._obsolete_files(directory)) as folder:
             if self.merged:

@@ -17,6 +17,7 @@ from .baselines import get_baseline_model
 from .config import PRESETS, HyLoRADAConfig, whole_number
 from .footprint import LASTING, Footprint, training_footprint
 from .model import HyLoRADAModel
+from .position_table import table_length
 from .pretrained import DTYPES, load_config
 from .tables import markdown_table
 
@@ -147,16 +148,17 @@ def plan(
         )
     length, batch_size = whole_number("length", length, 1), whole_number("batch_size", batch_size, 1)
     config = model if isinstance(model, PretrainedConfig) else load_config(model)
-    longest = getattr(config, "n_positions", None)
     adapted = _adapted(config, method, dtype, checkpointing, overrides)
-    if longest is not None and length > longest * float(overrides.get("rope_scaling_factor", 1)):
+    base: Any = adapted.base_model if isinstance(adapted, HyLoRADAModel) else adapted
+    longest = table_length(base)
+    if longest is not None and length > longest:
         raise ValueError(
             f"length is {length}, but the model's position table has {longest} places; plan a shorter one, or give "
             'rope_scaling_type="auto" and the rope_scaling_factor that it is to grow by'
         )
     added: list[nn.Parameter] = []
     if isinstance(adapted, HyLoRADAModel):
-        added = [p for name, p in adapted.adapter_parameters().items() if not name.startswith("base.")]
+        added = list(adapted.added_parameters().values())
     elif method == "sparse":
         added = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     counted = training_footprint(adapted, added, length, batch_size, mixed_precision)

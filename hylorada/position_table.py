@@ -106,6 +106,13 @@ def find_position_table(model: PreTrainedModel) -> nn.Embedding | None:
     return tables[0] if len(tables) == 1 else None
 
 
+def table_length(model: PreTrainedModel) -> int | None:
+    """How many positions the model's table has, None where positions are not learned: longer texts cannot be read."""
+    if find_position_table(model) is None:
+        return None
+    return model.config.get_text_config(decoder=True).max_position_embeddings
+
+
 def _tiled(rows: Tensor, length: int) -> Tensor:
     return rows[torch.arange(length, device=rows.device) % len(rows)]
 

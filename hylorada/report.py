@@ -64,13 +64,20 @@ def write_report(
     paths = [directory / name for name in ("results.json", "report.md", "report.html")]
     # a run a line: long enough already
     lines = ",\n".join(json.dumps(row) for row in rows)
-    tried = json.dumps(
-        {name: {f"{rate:g}": value for rate, value in of.items()} for name, of in (searches or {}).items()}
+    paths[0].write_text(
+        f'{{"searches": {json.dumps(searches_record(searches or {}))},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8"
     )
-    paths[0].write_text(f'{{"searches": {tried},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
     paths[1].write_text(report_text(rows, searches, reference), encoding="utf-8")
     paths[2].write_text(report_page(rows, pictures, searches, reference), encoding="utf-8")
     return [*paths, *pictures]
+
+
+def searches_record(searches: Searches) -> dict[str, dict[str, float | None]]:
+    """Return the searches as JSON has them; None: it diverged."""
+    return {
+        name: {f"{rate:g}": loss if math.isfinite(loss) else None for rate, loss in losses.items()}
+        for name, losses in searches.items()
+    }
 
 
 def comparison_table(rows: Sequence[Row]) -> str:

@@ -64,7 +64,7 @@ class RopeScaling:
         if present_type == "default":
             self._scaled_config = self._scaled(present, factor)
             self._new = [_rebuilt(rotary, self._scaled_config) for rotary in self._old]
-        elif (present_type, present["factor"]) != (scaling_type, factor):
+        elif (present_type, present.get("factor")) != (scaling_type, factor):
             raise ValueError(
                 f"rope_scaling_type={scaling_type!r}, rope_scaling_factor={factor}: {name} is scaled already "
                 f"(rope_type={present_type!r}, factor={present.get('factor')}); load it with rope_type='default', or "

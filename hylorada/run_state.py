@@ -14,6 +14,7 @@ from accelerate import Accelerator, skip_first_batches
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from .evened import unlearned
 from .storage import check_base, fingerprint
 
 
@@ -21,10 +22,12 @@ class Batches:
     """The batches of each optimizer step, epoch after epoch, from any position on.
 
     loader: what accelerate made of a dataloader.   group_size: batches of a step; an epoch's last group holds the rest
+    last_rows: how many rows of an epoch's last batch count; None: all
     """
 
-    def __init__(self, loader: Any, group_size: int, device: torch.device) -> None:
+    def __init__(self, loader: Any, group_size: int, device: torch.device, last_rows: int | None = None) -> None:
         self.loader = loader
+        self.last_rows = last_rows
         self.group_size = group_size
         self.device = device
         self.epoch = 0
@@ -49,7 +52,7 @@ class Batches:
                 self._epoch_random = random_state(self.device)
             else:
                 set_random_state(self._epoch_random, self.device)
-            batches = self._rest_of_epoch()
+            batches = self._counting(self._rest_of_epoch())
             group = list(itertools.islice(batches, self.group_size))
             if self._resumed_random is not None:
                 # fetching a batch draws random numbers too
@@ -62,6 +65,14 @@ class Batches:
             if not self.taken:
                 raise ValueError("train_dataloader yields no batch")
             self.epoch, self.taken = self.epoch + 1, 0
+
+    def _counting(self, batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+        if self.last_rows is None:
+            yield from batches
+            return
+        last = len(self.loader) - 1
+        for i, batch in enumerate(batches, start=self.taken):
+            yield unlearned(batch, self.last_rows) if i == last else batch
 
     def _rest_of_epoch(self) -> Iterator[dict[str, Tensor]]:
         if not isinstance(self.loader, DataLoader):

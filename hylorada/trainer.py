@@ -25,6 +25,7 @@ from transformers import SchedulerType, get_scheduler
 from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from .config import real_number, whole_number
 from .evaluation import batch_loss_sum, mean_loss, predicted_tokens
+from .evened import evened, own_rows
 from .model import get_lora_plus_param_groups
 from .pretrained import DTYPES
 from .run_state import (
@@ -97,7 +98,7 @@ class TrainingConfig:
     save_steps: optimizer steps between two checkpoints; None saves one when the run ends, however it ends
     save_total_limit: checkpoints to keep, the last ones; None keeps all
     resume: None or False starts anew; "latest" or True goes on from the last checkpoint in output_dir, "auto" too where
-        there is one; a path, from that checkpoint
+        there is one; a path, from that checkpoint.  A run that has ended is put back as it ended
     tracker: "none", "jsonl" (output_dir/log.jsonl), "tensorboard" (in output_dir), "wandb" or "trackio"
     logging_steps: optimizer steps between two log lines.  show_progress: draw a progress bar
     """
@@ -150,6 +151,11 @@ class TrainingConfig:
         _require(
             self.lr_scheduler in _SCHEDULERS, "lr_scheduler", f"one of {', '.join(_SCHEDULERS)}", self.lr_scheduler
         )
+        if self.lr_scheduler == "constant" and self.warmup_ratio:
+            raise ValueError(
+                f'warmup_ratio={self.warmup_ratio}: lr_scheduler="constant" has no warm-up; use '
+                '"constant_with_warmup", or warmup_ratio=0'
+            )
         _require(self.tracker in TRACKERS, "tracker", f"one of {', '.join(TRACKERS)}", self.tracker)
         self._check_output()
 
@@ -170,6 +176,10 @@ class TrainingConfig:
             raise ValueError(
                 f"early_stopping_threshold={self.early_stopping_threshold} does nothing without early_stopping_patience"
             )
+
+
+class DivergedError(RuntimeError):
+    """A step whose loss or gradient is not finite; it was not taken."""
 
 
 @dataclass(frozen=True)
@@ -254,6 +264,12 @@ class HyLoRADATrainer:
         config = self.config
         run = self._start()
         result = run.result
+        ending = self._ending(run, terminated=False) if result.steps else None
+        if ending:
+            logger.info("the run has ended already, at step %d of %d", len(result.steps), run.total_steps)
+            result.ending = ending
+            self.model.eval()
+            return result
         hidden = not (config.show_progress and run.accelerator.is_local_main_process)
         with (
             tqdm(total=run.total_steps, initial=len(result.steps), desc="training", unit="step", disable=hidden) as bar,
@@ -289,7 +305,10 @@ class HyLoRADATrainer:
         # autocast and the loss scale are set here: accelerate would rewrite the model's forward, and for good
         accelerator = Accelerator(
             mixed_precision="no",
-            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
+            # every process reads a stream itself: batches that one process hands out must be of one length
+            dataloader_config=DataLoaderConfiguration(
+                dispatch_batches=False, use_seedable_sampler=True, data_seed=config.seed
+            ),
             log_with=self._tracker(),
             project_dir=config.output_dir,
         )
@@ -297,7 +316,7 @@ class HyLoRADATrainer:
         total_steps, eval_steps = self._plan(loader)
         facts = self._facts(accelerator, optimizer, loader, total_steps)
         if saved is not None:
-            self._check_fits(saved, facts, f"cannot resume from {checkpoint}", total_steps)
+            self._check_fits(saved, facts, f"cannot resume from {checkpoint}")
         scheduler = get_scheduler(
             config.lr_scheduler,
             optimizer,
@@ -305,7 +324,8 @@ class HyLoRADATrainer:
             num_training_steps=total_steps,
         )
         scaler = torch.amp.GradScaler(accelerator.device.type, enabled=self.precision == "fp16")
-        batches = Batches(loader, config.gradient_accumulation_steps, accelerator.device)
+        last_rows = own_rows(self.train_dataloader, accelerator.num_processes, accelerator.process_index)
+        batches = Batches(loader, config.gradient_accumulation_steps, accelerator.device, last_rows)
         result = TrainingResult(checkpoint=checkpoint)
         run = _Run(accelerator, model, optimizer, scheduler, scaler, batches, total_steps, eval_steps, facts, result)
         if saved is not None:
@@ -314,9 +334,10 @@ class HyLoRADATrainer:
 
     def _prepare(self, accelerator: Accelerator) -> tuple[nn.Module, Any, Any]:
         optimizer = self.optimizer or self._make_optimizer()
+        loader = evened(self.train_dataloader, accelerator.num_processes)
         if any(map(is_sharded, self.model.parameters())):
-            return self.model, *accelerator.prepare(optimizer, self.train_dataloader)
-        return accelerator.prepare(self.model, optimizer, self.train_dataloader)
+            return self.model, *accelerator.prepare(optimizer, loader)
+        return accelerator.prepare(self.model, optimizer, loader)
 
     def _step(self, run: _Run, group: list[dict[str, Tensor]]) -> StepRecord:
         accelerator, model, optimizer, scaler = run.accelerator, run.model, run.optimizer, run.scaler
@@ -344,7 +365,7 @@ class HyLoRADATrainer:
         grad_norm = float(whole(accelerator.clip_grad_norm_(trainable(self.model).values(), limit)))
         # an infinite gradient alone is ordinary under a loss scale: the scaler skips the update and lowers the scale
         if not math.isfinite(loss_value) or not (math.isfinite(grad_norm) or scaler.is_enabled()):
-            raise RuntimeError(
+            raise DivergedError(
                 f"step {step} has the loss {loss_value} and the gradient norm {grad_norm}; it was not taken. Lower "
                 f'the learning rate (now {learning_rate:g}), or train in another precision (now "{self.precision}")'
             )
@@ -438,17 +459,12 @@ class HyLoRADATrainer:
             "model": describe_model(self.model),
         }
 
-    def _check_fits(self, saved: dict[str, Any], facts: dict[str, Any], failure: str, total_steps: int) -> None:
+    def _check_fits(self, saved: dict[str, Any], facts: dict[str, Any], failure: str) -> None:
         try:
             check_same(saved["run"], facts["run"], "this run")
             check_model(saved["model"], self.model)
         except ValueError as error:
             raise ValueError(f"{failure}: {error}") from error
-        step = len(saved["steps"])
-        if step == total_steps or self._has_stalled(dict(saved["eval_losses"])):
-            raise ValueError(
-                f"{failure}: its run has ended, at step {step} of {total_steps}, and there is no step left to train"
-            )
 
     def _save(self, run: _Run) -> None:
         """Write a checkpoint; every process takes part."""
@@ -530,6 +546,7 @@ class HyLoRADATrainer:
         if not parameters:
             raise ValueError("the model has no trainable parameter: adapt it with HyLoRADAModel, or unfreeze some")
         if hasattr(self.model, "hylorada_config"):
+            self._check_rates()
             groups = get_lora_plus_param_groups(
                 model=self.model,
                 lr_lora=config.learning_rate,
@@ -547,6 +564,17 @@ class HyLoRADATrainer:
             groups = [{"params": parameters, "weight_decay": config.weight_decay}]
         return torch.optim.AdamW(groups, lr=config.learning_rate)
 
+    def _check_rates(self) -> None:
+        counts = self.model.count_params()  # type: ignore[operator]
+        for name, kinds in (
+            ("magnitude_learning_rate", ("magnitude", "residual_weight")),
+            ("position_learning_rate", ("position_bias",)),
+        ):
+            if getattr(self.config, name) is not None and not any(counts[kind] for kind in kinds):
+                raise ValueError(
+                    f"{name}={getattr(self.config, name)}, but the model trains no {' or '.join(kinds)}; leave it out"
+                )
+
     def _check_dataloaders(self) -> None:
         expected, given = self.config.per_device_batch_size, getattr(self.train_dataloader, "batch_size", None)
         if expected is not None and given is not None and expected != given:
@@ -554,10 +582,9 @@ class HyLoRADATrainer:
                 f"per_device_batch_size is {expected}, but train_dataloader makes batches of {given}: make them equal, "
                 "or leave per_device_batch_size out"
             )
-        if self.config.early_stopping_patience is not None and self.eval_dataloader is None:
-            raise ValueError(
-                f"early_stopping_patience={self.config.early_stopping_patience} needs an eval_dataloader to watch"
-            )
+        for name in ("early_stopping_patience", "eval_steps"):
+            if getattr(self.config, name) is not None and self.eval_dataloader is None:
+                raise ValueError(f"{name}={getattr(self.config, name)} needs an eval_dataloader")
 
 
 @contextmanager

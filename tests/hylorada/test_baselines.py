@@ -11,7 +11,7 @@ from hylorada.config import PRESETS
 from hylorada.data import collate
 from hylorada.lora import adapted_layers
 from hylorada.model import HyLoRADAModel
-from hylorada.sparse import SparseAdapter, find_mlp_outputs
+from hylorada.sparse_mlp import SparseAdapter, find_mlp_outputs
 from hylorada.trainer import HyLoRADATrainer, TrainingConfig
 
 RANK, ALPHA = 4, 6.0

@@ -12,13 +12,14 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, GPT2LMHeadModel
 
 from hylorada import ablation, benchmark, cli, comparison, flags
 from hylorada.comparison import run_arm, run_in_own_process
 from hylorada.config import HyLoRADAConfig
 from hylorada.data import Document
 from hylorada.report import comparison_table, difference_table
+from hylorada.trainer import DivergedError, TrainingConfig
 
 METHODS = ["baseline", "lora", "rslora", "dora", "lorada", "hylorada"]
 
@@ -80,8 +81,10 @@ def test_embeddings_and_norms_train_at_scaled_positions(run, saved_model):
     rope = ("--rope_scaling_type", "linear", "--rope_scaling_factor", 4)
     code, (base, row) = run("--methods", "baseline", "lora", "--train_embeddings", "--train_norms", *rope)
     assert code == 0 and row["perplexity_after"] < 0.9 * row["perplexity_before"]
-    # the scaled positions are another model than the base model
-    assert row["perplexity_before"] != pytest.approx(base["perplexity_before"], rel=1e-5)
+    # every method starts at the scaled positions, which are another model's
+    assert row["perplexity_before"] == pytest.approx(base["perplexity_before"], rel=1e-5)
+    _, (unscaled,) = run("--methods", "baseline")
+    assert base["perplexity_before"] != pytest.approx(unscaled["perplexity_before"], rel=1e-5)
     vocabulary = AutoConfig.from_pretrained(saved_model).vocab_size
     assert row["trainable_parameters"] == 2 * 8 * (2 * (32 + 32) + 2 * (32 + 16)) + 32 * vocabulary + 5 * 32
 
@@ -98,6 +101,26 @@ def test_methods_are_compared_in_groups(run):
         assert (row["settings"]["s2_group_size"], row["settings"]["s2_sink_tokens"]) == (8, 1)
     _, full = run("--methods", "lora", "--steps", 12)
     assert abs(full[0]["steps"]["loss"][0] - adapted[0]["steps"]["loss"][0]) > 1e-3
+
+
+METHODS_OF_THEIR_OWN = ["baseline", "full", "sparse"]
+
+
+def test_texts_beyond_a_position_table_make_it_longer_for_every_method(run, make_base, saved_model, caplog, capsys):
+    config = make_base("gpt2").config
+    config.n_positions = 20
+    GPT2LMHeadModel(config).save_pretrained(saved_model)
+    groups = ("--s2_attn", "--s2_group_size", 16, "--max_length", 32, "--lr", 1e-3)
+    with caplog.at_level(logging.INFO, "hylorada"):
+        code, rows = run("--methods", *METHODS_OF_THEIR_OWN, "hylorada", *groups)
+    assert code == 0 and "has 20 learned positions: its table is made longer for every method" in caplog.text
+    assert "full has no use for s2_attn_enabled=True; the flag is for the others" in caplog.text
+    for row in rows:
+        assert row["perplexity_before"] == pytest.approx(rows[0]["perplexity_before"], rel=1e-5)
+        assert row["settings"]["rope_scaling_factor"] == 1.6
+    given = ("--rope_scaling_type", "auto", "--rope_scaling_factor", 1.2)
+    assert run("--methods", "lora", *given) == (2, [])
+    assert "takes the 20 learned positions" in capsys.readouterr().err
 
 
 def test_every_seed_is_a_run_of_its_own(run, tmp_path):
@@ -147,6 +170,22 @@ def test_rates_are_searched_for_without_the_test_documents(run, tmp_path, monkey
         assert {row["learning_rate"] for row in results["rows"] if row["method"] == name} == {2e-2}
     assert set(results["searches"]) == {"lora", "dora"}
     assert "## Learning rates" in (folder / "report.md").read_text()
+
+
+def test_a_rate_that_diverges_is_out_and_the_search_goes_on(tmp_path, monkeypatch, capsys):
+    def measured(comparison, arm, rate, seed, before):
+        if rate > 1:
+            raise DivergedError("step 3 has the loss nan")
+        return {"perplexity_after": 7.0 - rate}
+
+    monkeypatch.setattr(benchmark, "_run", measured)
+    data = comparison.Comparison("m", "fp32", {}, TrainingConfig(), [], [])
+    path, lora = tmp_path / "search.json", comparison.Arm("lora", "lora")
+    found = benchmark._search_rates(data, [lora], [2.0, 1e-2, 3.0], 0, path)
+    assert found == {"lora": {2.0: math.inf, 1e-2: 6.99, 3.0: math.inf}}
+    assert json.loads(path.read_text()) == {"lora": {"2": None, "0.01": 6.99, "3": None}}
+    with pytest.raises(ValueError, match=r"^--lr_grid: lora diverges at every rate of 2, 3$"):
+        benchmark._search_rates(data, [lora], [2.0, 3.0], 0, path)
 
 
 def test_a_method_that_decides_for_itself_runs_beside_shared_flags(run, caplog):

@@ -90,6 +90,21 @@ def test_a_terminated_run_leaves_a_checkpoint_to_go_on_from(run_file, tmp_path, 
     assert "completed after 4 steps" in call("train", run_file, "--resume")
 
 
+def test_an_adapter_that_could_not_be_saved_is_saved_by_resuming(run_file, tmp_path, monkeypatch):
+    def full_disk(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(HyLoRADAModel, "save_pretrained", full_disk)
+    assert "no space left" in failure("train", run_file)
+    monkeypatch.undo()
+    assert "completed after 4 steps" in call("train", run_file, "--resume")
+    saved = adapter_of(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    call("train", run_file)
+    whole = adapter_of(tmp_path / "out")
+    assert whole.keys() == saved.keys() and all(torch.equal(whole[name], saved[name]) for name in whole)
+
+
 def test_the_path_of_a_new_user(run_file, saved_model, texts, tmp_path, token_ids):
     out = tmp_path / "out"
     trained = call("train", run_file, "--set", "training.max_steps=8", "--set", "training.seed=3")

@@ -170,6 +170,13 @@ def test_context_length_knows_the_models_own_length_and_overrides_win():
         HyLoRADAConfig.for_context_length(0)
 
 
+def test_landmarks_that_know_positions_need_some():
+    options = {"position_bias_enabled": False, "landmark_enabled": True, "landmark_position": True}
+    assert HyLoRADAConfig(**options, max_sequence_length=17)
+    with pytest.raises(ValueError, match="max_sequence_length must exceed 16 with landmark_position=True, got 16"):
+        HyLoRADAConfig(**options, max_sequence_length=16)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "error", "message"),
     [

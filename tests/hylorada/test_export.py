@@ -39,6 +39,17 @@ def test_the_export_is_the_model_in_transformers(make_model, token_ids, rows, fa
     assert not model.merged and torch.equal(model(token_ids).logits, expected)
 
 
+@pytest.mark.parametrize("trained", [{"train_norms": True}, {"train_embeddings": "tokens"}], ids=str)
+def test_trained_parameters_of_the_base_take_the_dtype_too(make_model, token_ids, rows, trained, tmp_path):
+    model = make_model(**NO_RUNTIME, **trained)
+    report = export_merged(model, tmp_path, rows, dtype=torch.bfloat16, max_length=16)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").eval()
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    assert report[0].logits_relative_difference <= 2e-6
+    with torch.no_grad():
+        assert relative_error(loaded(token_ids).logits, model(token_ids).logits.double()) <= 0.1
+
+
 def test_the_report_says_what_differs(make_model, rows, tmp_path):
     """Counted here once more, on the model that was saved."""
     model = make_model(**NO_RUNTIME)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import OPTConfig
 
 from hylorada.baselines import get_baseline_model
 from hylorada.footprint import training_footprint
@@ -94,5 +95,13 @@ def test_a_length_beyond_a_position_table_is_refused(make_base):
     table = make_base("gpt2").config
     with pytest.raises(ValueError, match="position table has 128 places"):
         plan(table, length=129)
+    with pytest.raises(ValueError, match="position table has 128 places"):
+        # without a type the factor does nothing
+        plan(table, length=256, rope_scaling_factor=2.0)
+    opt = OPTConfig(hidden_size=32, ffn_dim=48, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=32)
+    with pytest.raises(ValueError, match="position table has 32 places"):
+        plan(opt, length=64)
+    for method in ("full", "sparse", "baseline"):
+        plan(table, method, length=256, rope_scaling_type="auto", rope_scaling_factor=2.0)
     longer = plan(table, length=256, rope_scaling_type="auto", rope_scaling_factor=2.0)
     assert longer.peak > plan(table, length=128).peak

@@ -184,6 +184,13 @@ def test_a_model_that_is_scaled_otherwise_is_refused(make_base):
         RopeScaling(model, "yarn", 8.0)
 
 
+def test_a_scaling_without_a_factor_is_named(make_base):
+    longrope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    model = make_base("llama", rope_parameters=longrope | {"original_max_position_embeddings": 64})
+    with pytest.raises(ValueError, match=r"is scaled already \(rope_type='longrope', factor=None\); load it with"):
+        RopeScaling(model, "linear", 2.0)
+
+
 def test_layers_with_different_frequencies_are_refused(make_base):
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 

@@ -366,11 +366,21 @@ def test_values_of_other_kinds_are_named(field, value, allowed):
 
 @pytest.mark.parametrize("name", _SCHEDULERS)
 def test_every_accepted_schedule_can_be_built(make_model, rows, name):
-    fields = config(max_steps=2, lr_scheduler=name, warmup_ratio=0.5)
+    has_warmup = name != "constant"
+    fields = config(max_steps=2, lr_scheduler=name, warmup_ratio=0.5 if has_warmup else 0.0)
     result = HyLoRADATrainer(make_model(), loader(rows, 3), config=fields).train()
-    rates = [record.learning_rate for record in result.steps]
-    # one step of warm-up, except where the schedule has none
-    assert rates == ([2e-4, 2e-4] if name == "constant" else [0.0, 2e-4])
+    assert [record.learning_rate for record in result.steps] == ([0.0, 2e-4] if has_warmup else [2e-4, 2e-4])
+
+
+def test_options_that_would_do_nothing_are_refused(make_model, rows):
+    with pytest.raises(ValueError, match=r'warmup_ratio=0\.1: lr_scheduler="constant" has no warm-up; use "constant_w'):
+        TrainingConfig(lr_scheduler="constant", warmup_ratio=0.1)
+    with pytest.raises(ValueError, match=r"^eval_steps=2 needs an eval_dataloader$"):
+        HyLoRADATrainer(make_model(), loader(rows, 3), config=config(eval_steps=2))
+    bare = make_model(use_dora_magnitude=False, position_bias_enabled=False)
+    for rate, part in (("magnitude_learning_rate", "magnitude or residual_weight"), ("position_learning_rate", "pos")):
+        with pytest.raises(ValueError, match=f"^{rate}=0.001, but the model trains no {part}"):
+            HyLoRADATrainer(bare, loader(rows, 3), config=config(**{rate: 1e-3})).train()
 
 
 def test_seed_examples_run_as_written(make_model, rows):

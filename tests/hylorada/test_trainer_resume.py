@@ -267,14 +267,19 @@ def test_patience_survives_a_resumption(adapted, tmp_path, monkeypatch):
     stop_at(adapted(), 2, output_dir=tmp_path, **fields)
     result = run(adapted(), output_dir=tmp_path, resume=True, **fields)
     assert result.ending == "stopped early" and len(result.steps) == 4
-    with pytest.raises(ValueError, match=r"cannot resume from .*its run has ended, at step 4 of 6"):
-        run(adapted(), output_dir=tmp_path, resume=True, **fields)
+    again = run(adapted(), output_dir=tmp_path, resume=True, **fields)
+    assert again.ending == "stopped early" and again.steps == result.steps
 
 
-def test_a_run_that_has_ended_has_no_step_left(adapted, tmp_path):
-    run(adapted(), output_dir=tmp_path)
-    with pytest.raises(ValueError, match=r"has ended, at step 6 of 6, and there is no step left"):
-        run(adapted(), output_dir=tmp_path, resume=True)
+@pytest.mark.parametrize("resume", [True, "auto"])
+def test_a_run_that_has_ended_is_put_back_as_it_ended(adapted, tmp_path, resume):
+    first, second = adapted(), adapted()
+    result = run(first, output_dir=tmp_path)
+    files = contents(tmp_path)
+    again = run(second, output_dir=tmp_path, resume=resume)
+    assert again == result and contents(tmp_path) == files and not second.training
+    for name, value in trained(first).items():
+        assert torch.equal(trained(second)[name], value)
 
 
 @pytest.mark.parametrize(
