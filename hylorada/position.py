@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hylorada_kernels.ops.hybrid_linear.eager import scale_rows
+
 # of int64 positions; 64 log2 buckets would reach beyond
 MAX_POSITION = 2**62
 
@@ -142,8 +144,7 @@ class PositionScale:
     def scale_input(self, linear: nn.Module, args: tuple) -> tuple:
         """A forward pre-hook for a merged linear: p (x W^T) = (p x) W^T, and the bias stays unscaled."""
         x, *rest = args
-        # a 16-bit x times an fp32 scale would be computed through fp32 copies of x
-        return x * self.for_input(x).unsqueeze(-1).to(x.dtype), *rest
+        return scale_rows(x, self.for_input(x)), *rest
 
     def _enter(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = dict(zip(self._argument_names, args, strict=False)) | kwargs

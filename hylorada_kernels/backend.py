@@ -37,7 +37,8 @@ def using(choice: str) -> Iterator[None]:
     """Run a block with one backend: "auto" (by device), "eager" (PyTorch) or "triton" (raises where it cannot run).
 
     The choice belongs to the current thread (or asyncio task); a compiled function follows the thread that chose last.
-    A backward pass uses what its forward used.
+    A backward pass uses what its forward used. On a GPU the forward that a checkpoint repeats runs in autograd's own
+    thread, which never chose: give `checkpoint` a context_fn that chooses there, or set HYLORADA_BACKEND.
 
         with using("eager"):
             y = layer(x)
@@ -124,6 +125,11 @@ def runs_directly(tensor: Tensor, choice: str) -> bool:
     """
     plain = type(tensor) in (Tensor, torch.nn.Parameter) and (choice == "triton" or not tensor.is_meta)
     return plain and not torch.compiler.is_compiling()
+
+
+def on_device_of(tensor: Tensor):
+    """Kernels are launched on the current GPU: make it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda and torch.cuda.is_available() else nullcontext()
 
 
 def no_autocast(tensor: Tensor):

@@ -1,7 +1,7 @@
 """Says what was found on this machine, and which path each op takes here and why."""
 
-import importlib.metadata
 import platform
+import sys
 
 import torch
 
@@ -16,7 +16,7 @@ def findings() -> list[str]:
     lines = [
         f"python   {platform.python_version()}, {platform.system()} {platform.machine()}",
         f"torch    {torch.__version__}, {torch.get_num_threads()} threads",
-        f"triton   {importlib.metadata.version('triton') if backend.HAS_TRITON else 'not installed'}",
+        f"triton   {_triton()}",
         f"gpu      {_gpu()}",
         f"backend  {backend.requested()}",
     ]
@@ -28,6 +28,11 @@ def findings() -> list[str]:
     if device == "cuda" and backend.HAS_TRITON:
         lines.append(f"hybrid_linear      {_routes()}")
     return lines
+
+
+def _triton() -> str:
+    # what it is distributed as has several names; the kernels have imported it
+    return sys.modules["triton"].__version__ if backend.HAS_TRITON else "not installed"
 
 
 def _gpu() -> str:

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from .gain_cache import GainCache
 from .norm_cache import NormCache
+from .ops.hybrid_linear.eager import scale_rows
 from .ops.hybrid_linear.op import TOKEN_SCALE_TARGETS, adapted_weight, hybrid_linear
 from .ops.shifted_attention.op import shifted_attention
 
@@ -124,7 +125,8 @@ class HybridLinear(nn.Module):
         if self.merged:
             return self._merged_forward(x, token_scale)
         norm = kept_gain = None
-        if self.magnitude is not None and not self.norm_grad:
+        # nn.DataParallel's replicas share what is kept, on other devices
+        if self.magnitude is not None and not self.norm_grad and not getattr(self, "_is_replica", False):
             norm = self._norm()
             kept_gain = self._gains.gain(
                 self._base(),
@@ -153,7 +155,9 @@ class HybridLinear(nn.Module):
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """diag(g) (W + s B A) in the weight's dtype and layout."""
+        """diag(g) (W + s B A) in the weight's dtype and layout; of a merged layer, its weight."""
+        if self.merged:
+            return self.weight.detach().clone()
         norm = None if self.magnitude is None else self._norm()
         merged = adapted_weight(
             self._base(), self.lora_a, self.lora_b, self.magnitude, self.residual_weight, scale=self.scale, norm=norm
@@ -218,9 +222,8 @@ class HybridLinear(nn.Module):
             raise RuntimeError(
                 "a position scale of the low-rank part cannot act on a merged weight; call unmerge() first"
             )
-        y = F.linear(x, self._base())
-        y = y * token_scale[..., None].to(y.dtype)
-        return y if self.bias is None else y + self.bias
+        y = scale_rows(F.linear(x, self._base()), token_scale)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -231,8 +234,11 @@ def is_conv1d(module: nn.Module) -> bool:
 def _check_options(
     linear: nn.Module, rank: int, alpha: float, dropout: float, init: str, token_scale_target: str
 ) -> None:
-    if not (isinstance(linear, nn.Linear) or is_conv1d(linear)):
-        raise TypeError(f"only nn.Linear and transformers' Conv1D can be adapted, got {type(linear).__name__}")
+    # a subclass may compute anything; one that keeps nn.Linear's forward computes the same
+    is_linear = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
+    if not (is_linear or is_conv1d(linear)):
+        own = " with a forward of its own" if isinstance(linear, nn.Linear) else ""
+        raise TypeError(f"only nn.Linear and transformers' Conv1D can be adapted, got {type(linear).__name__}{own}")
     if not linear.weight.dtype.is_floating_point:
         raise TypeError(f"the weight is {linear.weight.dtype}, not floating point; dequantise the layer first")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:

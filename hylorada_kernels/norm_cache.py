@@ -50,9 +50,8 @@ class NormCache:
     """
 
     def __init__(self) -> None:
-        self._kept: list[Tensor] = []
-        self._layout: tuple = ()
-        self._step = 1
+        # what is kept, the layout that it is for, and the distance between two samples of the weight
+        self._state: tuple[list[Tensor], tuple, int] = [], (), 1
         self._given: Tensor | None = None
 
     def norm(self, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
@@ -68,10 +67,13 @@ class NormCache:
                 choice, weight.device, weight.dtype, weight.shape, lora_a.dtype, lora_a.shape, lora_b.dtype,
                 lora_b.shape,
             )  # fmt: skip
-            if not self._kept or self._layout != layout:
-                self._layout, self._step = layout, sample_step(weight)
-                self._kept = _new_state(weight, lora_a, lora_b, choice, self._step)
-            arguments = (self._kept, weight, lora_a, lora_b, scale, choice, self._step)
+            # one assignment: another thread sees the old state or the new one
+            kept, kept_layout, step = self._state
+            if not kept or kept_layout != layout:
+                step = sample_step(weight)
+                kept = _new_state(weight, lora_a, lora_b, choice, step)
+                self._state = kept, layout, step
+            arguments = (kept, weight, lora_a, lora_b, scale, choice, step)
             if not backend.runs_directly(weight, choice):
                 return _norm_op(*arguments)
             # what is made in inference mode could not be saved for a backward later
@@ -82,13 +84,13 @@ class NormCache:
 
     def invalidate(self) -> None:
         """Forget the norm: needed after a few elements of the frozen weight were edited behind autograd's back."""
-        if self._kept:
-            # the fingerprint or the key
-            self._kept[-1].zero_()
+        kept = self._state[0]
+        if kept:
+            kept[-1].zero_()
 
     def __getstate__(self) -> dict:
         # another process must not write into what is kept here
-        return {"_kept": [], "_layout": (), "_step": 1, "_given": None}
+        return {"_state": ([], (), 1), "_given": None}
 
 
 def _can_keep(weight: Tensor, lora_a: Tensor, lora_b: Tensor, choice: str) -> bool:
@@ -97,13 +99,14 @@ def _can_keep(weight: Tensor, lora_a: Tensor, lora_b: Tensor, choice: str) -> bo
 
 
 def _new_state(weight: Tensor, lora_a: Tensor, lora_b: Tensor, choice: str, step: int) -> list[Tensor]:
-    """What is kept: the norm first; last the fingerprint or a key, to which nothing fits while they are 0."""
+    """What is kept: the norm first; last a key, to which nothing fits while it is 0."""
     rows = weight.shape[0]
     # tensors made in inference mode could never be written to outside of it
     with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
         norm = weight.new_zeros(rows, dtype=torch.promote_types(weight.dtype, torch.float32))
         if choice == "triton":
-            return [norm, weight.new_zeros(kernel.programs(rows), dtype=torch.int64)]
+            fingerprint = weight.new_zeros(kernel.programs(rows), dtype=torch.int64)
+            return [norm, fingerprint, torch.zeros(KEY_LENGTH - 2, dtype=torch.int64, device="cpu")]
         copies = [torch.zeros_like(factor, memory_format=torch.contiguous_format) for factor in (lora_a, lora_b)]
         samples = weight.new_zeros(-(-weight.numel() // step))
         key = weight.new_zeros(KEY_LENGTH, dtype=torch.int64)
@@ -123,7 +126,9 @@ def _norm(
     """`given`: what was given the last time, to be given again where it still holds."""
     if choice == "triton":
         samples = -(-weight.numel() // step)
-        norm = kernel.guarded(kept, weight, lora_a, lora_b, scale=scale, samples=samples, sample_step=step)
+        with backend.on_device_of(weight):
+            _forget_other_weight(kept[1], kept[2], weight)
+            norm = kernel.guarded(kept[:2], weight, lora_a, lora_b, scale=scale, samples=samples, sample_step=step)
     else:
         with backend.no_autocast(weight):
             norm = _compared(kept, weight, lora_a, lora_b, scale, step, given)
@@ -142,6 +147,15 @@ def _norm_op(
 @_norm_op.register_fake
 def _(kept, weight, lora_a, lora_b, scale, choice, step):
     return torch.empty_like(kept[0])
+
+
+def _forget_other_weight(fingerprint: Tensor, kept_key: Tensor, weight: Tensor) -> None:
+    """An edit in the open may miss the sample. The address is left out: a gathered shard's is another each time."""
+    mark, _, *others = weight_key(weight)
+    # on the host, so that nobody waits
+    if kept_key.tolist() != [mark, *others]:
+        fingerprint.zero_()
+        kept_key.copy_(torch.tensor([mark, *others]))
 
 
 def _compared(
@@ -206,7 +220,7 @@ def sample_of(weight: Tensor, step: int) -> Tensor:
 
 def _verify(norm: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> None:
     fresh = column_norm(weight.detach(), lora_a, lora_b, scale=scale)
-    if not torch.allclose(norm, fresh, rtol=1e-4, atol=0):
+    if not torch.allclose(norm, fresh, rtol=1e-4, atol=0, equal_nan=True):
         worst = float((norm / fresh - 1).abs().max())
         raise RuntimeError(
             f"a cached column norm is stale by {worst:.1e}: the layer's weight was edited behind autograd's back; "

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import triton
 
+from .backend import has_matrix_units, using
 from .ops.hybrid_linear import dispatch, hybrid_linear
 
 IN_FEATURES = (1024, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
@@ -25,6 +26,8 @@ def tune(tokens: int = 4096, rows: int = 4096, rank: int = 16) -> Measurement:
     """Time both routes of a bf16 layer over IN_FEATURES. RuntimeError without a GPU that Triton can use."""
     if not torch.cuda.is_available():
         raise RuntimeError("tune needs a GPU: torch.cuda.is_available() is False on this machine")
+    if not has_matrix_units(torch.device("cuda", torch.cuda.current_device())):
+        raise RuntimeError(f"tune needs a GPU from sm_80 on, got {torch.cuda.get_device_name()}")
     ratios = {}
     for columns in IN_FEATURES:
         times = {route: _milliseconds(route, tokens, columns, rows, rank) for route in ("fused", "library")}
@@ -67,7 +70,7 @@ def _milliseconds(route: str, tokens: int, columns: int, rows: int, rank: int) -
     x, weight = tensor(tokens, columns), tensor(rows, columns)
     lora_a, lora_b = tensor(rank, columns, dtype=torch.float32), tensor(rows, rank, dtype=torch.float32)
     norm = weight.float().norm(dim=1)
-    with torch.no_grad(), dispatch.taking(route):
+    with torch.no_grad(), using("triton"), dispatch.taking(route):
         return triton.testing.do_bench(
             lambda: hybrid_linear(x, weight, lora_a, lora_b, norm, scale=1.0, norm=norm), return_mode="median"
         )

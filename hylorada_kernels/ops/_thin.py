@@ -28,7 +28,7 @@ def project_down(wide: Tensor, factor: Tensor, *, batch_from: int = BATCH_ELEMEN
     if not whole or wide.numel() < batch_from:
         return F.linear(wide, factor)
     groups = wide[:whole].unflatten(0, (-1, GROUP))
-    product = torch.bmm(factor.expand(len(groups), -1, -1), groups.mT).mT.reshape(whole, rank)
+    product = torch.bmm(factor.expand(len(groups), -1, -1), groups.mT).mT.contiguous().view(whole, rank)
     return product if whole == rows else torch.cat([product, F.linear(wide[whole:], factor)])
 
 

@@ -110,7 +110,7 @@ def test_what_a_layer_keeps_between_steps_is_what_it_holds(dtype, options):
     for _ in range(2):
         layer(torch.randn(4, 600, dtype=dtype))
     kept = layer._gains._kept
-    held = [*layer._norms._kept, layer._norms._given, kept.norm, *kept.copies]
+    held = [*layer._norms._state[0], layer._norms._given, kept.norm, *kept.copies]
     held += [kept.gain.gain, kept.gain.by_magnitude, kept.gain.by_blend, *(kept.gain.scaled or ())]
     storages = [tensor.untyped_storage() for tensor in held if tensor is not None]
     found = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

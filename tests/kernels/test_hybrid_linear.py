@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from hylorada_kernels import column_norm, hybrid_linear, using
-from hylorada_kernels.ops.hybrid_linear import eager
+from hylorada_kernels.ops.hybrid_linear import eager, op
 from hylorada_kernels.ops.hybrid_linear.op import adapted_weight
 from hylorada_kernels.testing import linear_inputs, reference_linear, relative_error
 from tests.kernels.parity import assert_parity, in_triton, run, taking
@@ -400,20 +400,61 @@ def test_autocast_follows_linear(backend):
 
 @pytest.mark.parametrize("parts", [{}, {"magnitude": False}, {"bias": False, "token_scale": False}], ids=str)
 def test_the_registered_ops_keep_their_contract(backend, parts):
-    """torch.library.opcheck: schema, fake tensors, no aliasing; dropout adds the mask or the seed to the outputs."""
+    """torch.library.opcheck: schema, fake tensors, no aliasing; dropout's mask or seed is among the inputs."""
     given = linear_inputs(6, 20, 16, 4, **parts)
     inputs = [given.x, given.weight, given.lora_a, given.lora_b, given.magnitude, given.blend]
     checks = ("test_schema", "test_faketensor")
     for dropout_p in (0.0, 0.5):
         for norm in (None, None if given.magnitude is None else given.weight.norm(dim=1)):
             options = [given.scale, "output", dropout_p]
-            arguments = (*inputs, norm, given.bias, given.token_scale, *options)
+            dropped = op._drawn(given.x, dropout_p, backend)
+            arguments = (*inputs, norm, given.bias, given.token_scale, dropped, *options)
             torch.library.opcheck(torch.ops.hylorada.hybrid_linear, (*arguments, True, backend), test_utils=checks)
-    y, h, gain, _, kept, dropped = torch.ops.hylorada.hybrid_linear(*arguments, True, backend)
+    y, h, gain, _, kept = torch.ops.hylorada.hybrid_linear(*arguments, True, backend)
     saved = (h, gain, kept if kept.numel() else y, dropped)
     needs = [tensor is not None for tensor in (given.x, *inputs[2:], norm, given.bias, given.token_scale)]
     arguments = (given.dy, *inputs, norm, given.bias, given.token_scale, *saved, *options, needs, backend)
     torch.library.opcheck(torch.ops.hylorada.hybrid_linear_backward, arguments, test_utils=checks)
+
+
+def test_a_position_scale_near_one_is_not_lost_in_16_bits(backend):
+    with using(backend):
+        for target, columns in (("output", 48), ("output", 80), ("delta", 48)):
+            given = linear_inputs(256, 64, columns, 4, dtype=torch.bfloat16, bias=False, token_scale_target=target)
+            scaled, plain = (
+                hybrid_linear(**given.arguments() | {"token_scale": torch.full((256,), p)}).double()
+                for p in (1.003, 1.0)
+            )
+            if target == "output":
+                # each element is rounded for itself: their mean is right
+                assert float((scaled * plain).sum() / plain.square().sum()) == pytest.approx(1.003, abs=2e-4)
+            else:
+                assert not torch.equal(scaled, plain)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"magnitude": torch.ones(1)}, r"magnitude must have shape \(6,\), got \(1,\)"),
+        ({"norm": torch.ones(5)}, r"norm must have shape \(6,\), got \(5,\)"),
+        ({"magnitude": None, "blend": torch.ones(1)}, "blend was given without magnitude"),
+    ],
+)
+def test_the_adapted_weight_refuses_what_the_op_refuses(changes, message):
+    given = linear_inputs(3, 8, 6, 4).arguments()
+    arguments = {name: given[name] for name in ("weight", "lora_a", "lora_b", "magnitude", "scale")}
+    with pytest.raises(ValueError, match=message):
+        adapted_weight(**arguments | changes)
+
+
+def test_the_adapted_weight_takes_vectors_with_gaps(backend):
+    given = linear_inputs(3, 20, 16, 4)
+    arguments = [given.weight, given.lora_a, given.lora_b]
+    norm = given.weight.norm(dim=1)
+    with using(backend):
+        expected = adapted_weight(*arguments, given.magnitude, given.blend, scale=0.5, norm=norm)
+        gaps = [torch.stack([vector, -vector], 1)[:, 0] for vector in (given.magnitude, norm)]
+        assert torch.equal(adapted_weight(*arguments, gaps[0], given.blend, scale=0.5, norm=gaps[1]), expected)
 
 
 BAD = {

@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 from hylorada_kernels import HybridLinear, column_norm, hybrid_linear, using
 from hylorada_kernels import backend as dispatch
@@ -71,6 +72,10 @@ def call_everything():
     for parts, options in uses:
         given = linear_inputs((2, 3), 20, 16, 4, **parts).requiring_grad()
         hybrid_linear(**given.arguments(), **options).backward(given.dy)
+    # one group of rows of a thin product; rows that are not dense
+    hybrid_linear(**linear_inputs(64, 8192, 4, 4).arguments())
+    permuted = trained_layer(dropout=0.5)(torch.randn(1, 50, 6).transpose(1, 2).requires_grad_())
+    permuted.sum().backward()
     layer = trained_layer()
     layer(torch.randn(3, 50)).sum().backward()
     column_norm(layer.weight, layer.lora_a, layer.lora_b, scale=0.5).sum().backward()
@@ -116,6 +121,38 @@ def test_other_numbers_of_tokens_need_at_most_one_more_graph(compiler, dynamic, 
         x, dy = torch.randn(tokens, 50), torch.randn(tokens, 30)
         assert_same(outcome(layer, x, dy, compiled), outcome(layer, x, dy))
     assert graphs(counter) == allowed
+
+
+def dropped_linear(x, lora_a):
+    return hybrid_linear(x, torch.zeros(30, 50), lora_a, torch.ones(30, 4), scale=1.0, dropout_p=0.5)
+
+
+def dropped_attention(x, values):
+    q = x.expand(1, 2, -1, -1)
+    return shifted_attention(q, 2 * q, values.expand(1, 2, -1, -1), group_size=4, dropout_p=0.5)
+
+
+@pytest.mark.parametrize("compiler", [None, *COMPILERS])
+@pytest.mark.parametrize(
+    ("function", "shape"), [(dropped_linear, (4, 50)), (dropped_attention, (6, 50))], ids=["linear", "attention"]
+)
+def test_a_checkpoint_repeats_its_own_dropout_and_no_other_call_does(compiler, function, shape):
+    torch.manual_seed(0)
+    x, weights = torch.randn(6, 50), torch.randn(shape, requires_grad=True)
+
+    def repeated(weights):
+        return checkpoint(function, x, weights, use_reentrant=False)
+
+    def twice(weights):
+        return function(x, weights) - function(x, weights)
+
+    if compiler is not None:
+        repeated, twice = (torch.compile(run, backend=compiler, fullgraph=True) for run in (repeated, twice))
+    # linear in its weights: the gradient of a sum gives the sum back, if it saw the same mask
+    total = repeated(weights).sum()
+    total.backward()
+    assert float((weights * weights.grad).sum()) == pytest.approx(total.item(), rel=1e-4)
+    assert twice(weights).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)

@@ -205,6 +205,31 @@ def test_both_backends_train_to_the_same_adapter(backend):
     assert relative_error(train(backend), train("eager")) <= 1e-5
 
 
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_merged_layer_gives_its_own_weight():
+    layer = trained(HybridLinear.from_linear(linear("plain"), rank=4))
+    expected = layer.merged_weight()
+    layer.merge()
+    assert torch.equal(layer.merged_weight(), expected)
+
+
+def test_a_merged_layer_keeps_autocasts_dtype_under_a_position_scale():
+    layer = trained(HybridLinear.from_linear(linear("biased"), rank=4))
+    x = torch.randn(5, layer.in_features)
+    p = torch.full((5,), 1.002)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        before = layer(x, torch.ones(5))
+        layer.merge()
+        after = layer(x, torch.ones(5))
+        assert after.dtype == before.dtype == torch.bfloat16
+        # half a unit in the last place of a number near 1 is 0.004: some elements of the product change all the same
+        assert not torch.equal(layer(x, p), after)
+
+
 BAD = {
     "rank True": ({"rank": True}, ValueError, "rank must be a whole number of at least 1, got True"),
     "alpha text": ({"alpha": "16"}, ValueError, "alpha must be a positive number, got '16'"),
@@ -223,6 +248,11 @@ BAD = {
         {"linear": nn.Conv2d(3, 3, 1)},
         TypeError,
         "only nn.Linear and transformers' Conv1D can be adapted, got Conv2d",
+    ),
+    "a forward of its own": (
+        {"linear": Doubled(4, 3)},
+        TypeError,
+        "can be adapted, got Doubled with a forward of its own",
     ),
 }
 

@@ -165,8 +165,8 @@ def turn_b_where_the_norm_stays(layer, x):
 def turn_b_before_a_compiled_call(layer, x):
     """A compiled call brings the kept norm up to date, which has not changed: B has."""
     turn_b_where_the_norm_stays(layer, x)
-    norms, (choice, *_) = layer._norms, layer._norms._layout
-    norm_cache._norm_op(norms._kept, layer._base(), layer.lora_a, layer.lora_b, layer.scale, choice, norms._step)
+    kept, (choice, *_), step = layer._norms._state
+    norm_cache._norm_op(kept, layer._base(), layer.lora_a, layer.lora_b, layer.scale, choice, step)
 
 
 def edit_under_no_grad(layer, x):
@@ -193,6 +193,26 @@ def test_no_change_goes_unnoticed(event, keep_scaled_weight):
     after = layer(x)
     assert not torch.equal(after, before)
     assert torch.equal(after, uncached(layer, x))
+
+
+def test_an_edit_in_the_open_that_misses_the_sample_is_noticed(backend):
+    layer = HybridLinear.from_linear(nn.Linear(16, 4096, bias=False), 2)
+    with using(backend):
+        before = layer._norm().clone()
+        with torch.no_grad():
+            layer.weight.mul_(torch.ones(4096, 1).index_fill_(0, torch.arange(0, 4096, 64), 3.0))
+        changed = layer._norm() != before
+        assert changed.nonzero().flatten().tolist() == list(range(0, 4096, 64))
+
+
+def test_replicas_of_data_parallel_share_nothing_that_is_kept():
+    layer, x = layer_and_input()
+    expected, state = layer(x), layer._norms._state
+    replica = layer._replicate_for_data_parallel()
+    for name, parameter in layer.named_parameters():
+        replica._parameters[name] = nn.Parameter(2 * parameter, parameter.requires_grad)
+    assert not torch.allclose(replica(x), expected)
+    assert layer._norms._state is state and torch.equal(layer(x), expected)
 
 
 @pytest.mark.parametrize("is_contiguous", [True, False])
@@ -348,7 +368,7 @@ def test_verifying_catches_a_stale_norm():
     layer(x)
     with norm_cache.verifying():
         layer(x)
-        layer._norms._kept[0].mul_(1.01)
+        layer._norms._state[0][0].mul_(1.01)
         with pytest.raises(RuntimeError, match=r"stale by 1\.0e-02.*call invalidate_norm"):
             layer(x)
     layer.invalidate_norm()

@@ -249,6 +249,13 @@ def test_dropout_differs_between_calls_and_follows_the_seed(backend):
     assert torch.equal(kept_pairs(backend, given, 0.5, 0), first)
 
 
+def test_keys_without_a_query_head_have_no_gradient(backend):
+    q, k, v = (torch.randn(1, heads, 8, 16, requires_grad=True) for heads in (0, 2, 2))
+    with using(backend):
+        shifted_attention(q, k, v, group_size=4).sum().backward()
+    assert not k.grad.any() and not v.grad.any()
+
+
 # cost
 
 
@@ -422,8 +429,10 @@ def test_the_registered_ops_keep_their_contract(backend, pad, dropout_p):
         options = (G, given.shift, mode, True, 0, 0.25, dropout_p, backend)
         arguments = (given.q, given.k, given.v, given.lengths, given.cu_seqlens)
         checks = ("test_schema", "test_faketensor")
-        torch.library.opcheck(torch.ops.hylorada.shifted_attention, (*arguments, *options), test_utils=checks)
-        saved = torch.ops.hylorada.shifted_attention(*arguments, *options)
+        seed = torch.tensor([5]) if dropout_p else None
+        call = (*arguments, seed, *options)
+        torch.library.opcheck(torch.ops.hylorada.shifted_attention, call, test_utils=checks)
+        saved = (*torch.ops.hylorada.shifted_attention(*call), seed)
         torch.library.opcheck(
             torch.ops.hylorada.shifted_attention_backward, (given.do, *arguments, *saved, *options), test_utils=checks
         )

@@ -56,10 +56,11 @@ def column_norms(
             raise ValueError(f"weights are on {weights[0].device} and {weight.device}; call once for each device")
     choices = {backend.choose(weight) for weight in weights}
     if choices == {"triton"} and all(backend.runs_directly(weight, "triton") for weight in weights):
-        return kernel.forward_several(
-            [layer[0] for layer in layers], [layer[1] for layer in layers], [layer[2] for layer in layers],
-            scales=[float(layer[3]) for layer in layers],
-        )  # fmt: skip
+        with backend.on_device_of(weights[0]):
+            return kernel.forward_several(
+                [layer[0] for layer in layers], [layer[1] for layer in layers], [layer[2] for layer in layers],
+                scales=[float(layer[3]) for layer in layers],
+            )  # fmt: skip
     return [column_norm(weight, lora_a, lora_b, scale=scale) for weight, lora_a, lora_b, scale in layers]
 
 
@@ -88,7 +89,8 @@ def check_adapter(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
 
 def _forward(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, choice: str) -> Tensor:
     implementation = kernel if choice == "triton" else eager
-    return implementation.forward(weight, lora_a, lora_b, scale=scale)
+    with backend.on_device_of(weight):
+        return implementation.forward(weight, lora_a, lora_b, scale=scale)
 
 
 @torch.library.custom_op("hylorada::column_norm", mutates_args=())

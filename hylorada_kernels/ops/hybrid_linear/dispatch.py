@@ -147,7 +147,12 @@ def tuning_file(gpu: str) -> Path:
 def _measured_switch_over() -> int | None:
     if not torch.cuda.is_available():
         return None
-    return read_tuning(tuning_file(torch.cuda.get_device_name()))
+    try:
+        path = tuning_file(torch.cuda.get_device_name())
+    except RuntimeError:
+        # nobody's home
+        return None
+    return read_tuning(path)
 
 
 def read_tuning(path: Path) -> int | None:

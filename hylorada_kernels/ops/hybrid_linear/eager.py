@@ -44,17 +44,18 @@ def forward(
     norm: Tensor | None,
     bias: Tensor | None,
     token_scale: Tensor | None,
+    mask: Tensor | None,
     kept_gain: Gain | None = None,
     *,
     scale: float,
     token_scale_target: str,
     dropout_p: float,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> y (T, O), h (T, R), gain (O,), norm (O,), kept product (T, O), dropout mask (T, I).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> y (T, O), h (T, R), gain (O,), norm (O,), kept product (T, O).
 
     What is not needed, or was given, is empty. The kept product is z, or g z where a scaled weight made it, and is kept
-    where the output is to be saved but has a bias.
+    where the output is to be saved but has a bias. mask: what dropout keeps, (T, I) bool; None: all.
     """
     nothing = x.new_empty(0)
     gain = own_norm = nothing
@@ -65,24 +66,23 @@ def forward(
     is_scaled = kept_gain is not None and kept_gain.scaled is not None
     if is_scaled:
         weight, lora_b = kept_gain.scaled
-    p_input, p_delta = _split_token_scale(token_scale, token_scale_target, x.dtype)
+    p_input, p_delta = _split_token_scale(token_scale, token_scale_target)
     scales_product = _scales_product(weight, magnitude, bias)
     if p_input is not None and not scales_product:
-        x = x * p_input
-    thinned, mask = torch.native_dropout(x, dropout_p, True) if dropout_p else (x, x.new_empty(0, dtype=torch.bool))
-    h = project_down(thinned, lora_a.to(x.dtype))
+        x = scale_rows(x, p_input)
+    h = project_down(_thinned(x, mask, dropout_p), lora_a.to(x.dtype))
     product = _product(x, weight, h, lora_b, scale, p_delta, bias if magnitude is None else None)
     if p_input is not None and scales_product:
         # h is narrow, where a broadcast product is slow: the backward scales it
-        product *= p_input
+        product = scale_rows(product, p_input, in_place=True)
     if magnitude is None:
-        return product, h, gain, own_norm, nothing, mask
+        return product, h, gain, own_norm, nothing
     keep = save and bias is not None
     if not is_scaled:
         y = _scale_columns(product, gain, bias, in_place=not keep)
     else:
         y = product if bias is None else product + bias if keep else product.add_(bias)
-    return y, h, gain, own_norm, product if keep else nothing, mask
+    return y, h, gain, own_norm, product if keep else nothing
 
 
 def backward(
@@ -99,7 +99,7 @@ def backward(
     h: Tensor,
     gain: Tensor,
     kept: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
     kept_gain: Gain | None = None,
     *,
     scale: float,
@@ -115,9 +115,9 @@ def backward(
     need_x, need_a, need_b, need_m, need_blend, need_norm, need_bias, need_p = needs
     nothing = x.new_empty(0)
     dx = da = db = dm = dblend = dnorm = dbias = dp = nothing
-    p_input, p_delta = _split_token_scale(token_scale, token_scale_target, x.dtype)
+    p_input, p_delta = _split_token_scale(token_scale, token_scale_target)
     if p_input is not None and _scales_product(weight, magnitude, bias):
-        h = h * p_input
+        h = scale_rows(h, p_input)
     dy = dy.contiguous()
     is_scaled = kept_gain is not None and kept_gain.scaled is not None
     if is_scaled:
@@ -130,22 +130,21 @@ def backward(
         if need_p and p_delta is not None:
             dp = scale * (dh * h).sum(1, dtype=token_scale.dtype)
         if p_delta is not None:
-            dh *= p_delta
+            dh = scale_rows(dh, p_delta)
         if need_a:
-            scaled_dh = dh if p_input is None else dh * p_input
-            thinned = x * mask * (1 / (1 - dropout_p)) if dropout_p else x
-            da = _factor_gradient(scaled_dh, thinned, scale, lora_a.dtype).contiguous()
+            scaled_dh = dh if p_input is None else scale_rows(dh, p_input)
+            da = _factor_gradient(scaled_dh, _thinned(x, mask, dropout_p), scale, lora_a.dtype).contiguous()
         if need_x or (need_p and p_input is not None):
             dx = project_up(dh, lora_a.to(x.dtype), scale)
-            if dropout_p:
-                dx *= mask * (1 / (1 - dropout_p))
+            if mask is not None:
+                dx.mul_(mask).mul_(1 / (1 - dropout_p))
             dx.addmm_(dz, wide_weight)
         if p_input is not None:
             if need_p:
                 dp = (dx * x).sum(1, dtype=token_scale.dtype)
-            dx = dx.mul_(p_input) if need_x else nothing
+            dx = scale_rows(dx, p_input, in_place=True) if need_x else nothing
     if need_b:
-        weighted_h = h if p_delta is None else h * p_delta
+        weighted_h = h if p_delta is None else scale_rows(h, p_delta)
         db = _factor_gradient(weighted_h, dz, scale, lora_b.dtype).T.contiguous()
         if is_scaled:
             db *= gain[:, None]
@@ -205,6 +204,20 @@ def adapted_weight(
     return adapted.to(weight.dtype)
 
 
+def scale_rows(z: Tensor, scales: Tensor, *, in_place: bool = False) -> Tensor:
+    """z (..., K) * scales (...)[..., None] in z's dtype, rounded once. `in_place` allows (not forces) overwriting z."""
+    if z.element_size() > 2:
+        column = scales.unsqueeze(-1).to(z.dtype)
+        return z.mul_(column) if in_place else z * column
+    if not z.is_cpu or not z.numel():
+        return (z * scales.unsqueeze(-1)).to(z.dtype)
+    # rows as the channels of a batch of one: see _scale_columns
+    flat = scales.reshape(-1)
+    zeros = torch.zeros_like(flat)
+    rows = z.reshape(1, len(flat), z.shape[-1])
+    return torch.native_batch_norm(rows, flat, None, zeros, zeros, False, 0.0, 1.0)[0].view(z.shape)
+
+
 def with_scaled_weight(gain: Gain, weight: Tensor, lora_b: Tensor) -> Gain:
     """The same with diag(g) W and diag(g) B, each rounded once."""
     scaled = torch.empty_like(weight)
@@ -240,7 +253,7 @@ def _gain_gradient(
     kept_is_scaled = kept.numel() > 0 and (bias is None or terms.scaled is not None)
 
     def product_of(rows: Tensor | slice) -> Tensor:
-        scaled_x = x if p_input is None else x * p_input
+        scaled_x = x if p_input is None else scale_rows(x, p_input)
         return _product(scaled_x, weight[rows], h, lora_b[rows], scale, p_delta)
 
     product = kept if kept.numel() else product_of(slice(None))
@@ -256,6 +269,10 @@ def _gain_gradient(
     return dg, dbias
 
 
+def _thinned(x: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
+    return x if mask is None else (x * mask).mul_(1 / (1 - dropout_p))
+
+
 def _product(
     x: Tensor,
     weight: Tensor,
@@ -267,7 +284,7 @@ def _product(
 ) -> Tensor:
     """z = x W^T + s (p h) B^T (+ bias)."""
     if p_delta is not None:
-        h = h * p_delta
+        h = scale_rows(h, p_delta)
     factor = lora_b.to(x.dtype).T
     low = project_up(h, factor, scale) if bias is None else torch.addmm(bias, h, factor, alpha=scale)
     return low.addmm_(x, weight.T)
@@ -280,14 +297,9 @@ def _factor_gradient(thin: Tensor, wide: Tensor, scale: float, dtype: torch.dtyp
     return outer_sum(thin, wide, scale).to(dtype)
 
 
-def _split_token_scale(
-    token_scale: Tensor | None, target: str, dtype: torch.dtype
-) -> tuple[Tensor | None, Tensor | None]:
-    """The position scale as a (T, 1) factor of x (target "output") and of h (target "delta")."""
-    if token_scale is None:
-        return None, None
-    column = token_scale[:, None].to(dtype)
-    return (column, None) if target == "output" else (None, column)
+def _split_token_scale(token_scale: Tensor | None, target: str) -> tuple[Tensor | None, Tensor | None]:
+    """The position scale (T,) as a factor of x (target "output") and of h (target "delta")."""
+    return (token_scale, None) if target == "output" else (None, token_scale)
 
 
 def _scale_columns(z: Tensor, gain: Tensor, bias: Tensor | None = None, *, in_place: bool = False) -> Tensor:

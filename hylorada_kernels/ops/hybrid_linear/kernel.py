@@ -676,13 +676,14 @@ def forward(
     norm: Tensor | None,
     bias: Tensor | None,
     token_scale: Tensor | None,
+    seed: Tensor | None,
     *,
     scale: float,
     token_scale_target: str,
     dropout_p: float,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> y (T, O), h (T, R), gain (O,), norm (O,), nothing, dropout seed (1,).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> y (T, O), h (T, R), gain (O,), norm (O,), nothing. seed: of the dropout, (1,) int64, or None.
 
     What is not needed, or was given, is empty.
     """
@@ -693,7 +694,6 @@ def forward(
     )  # fmt: skip
     h, nothing = x.new_empty(tokens, rank), x.new_empty(0)
     gain = nothing if magnitude is None else x.new_empty(rows, dtype=torch.float32)
-    seed = torch.randint(2**62, (1 if dropout_p else 0,), device=x.device, dtype=torch.int64)
     own_norm = nothing
     if magnitude is not None and norm is None:
         if route == "one_pass" and tokens:
@@ -701,7 +701,7 @@ def forward(
         else:
             norm = own_norm = column_norm.forward(weight, lora_a, lora_b, scale=scale)
     if not tokens or not rows:
-        return x.new_empty(tokens, rows), h, gain, own_norm, nothing, seed
+        return x.new_empty(tokens, rows), h, gain, own_norm, nothing
     y = x @ weight.T if route == "library" else x.new_empty(tokens, rows)
     flags = {
         "HAS_MAGNITUDE": magnitude is not None, "HAS_BLEND": blend is not None, "HAS_BIAS": bias is not None,
@@ -719,7 +719,7 @@ def forward(
             BLOCK_R=max(16, triton.next_power_of_2(rank)),
             **launch_options(tile),
         )  # fmt: skip
-        return y, h, gain, own_norm, nothing, seed
+        return y, h, gain, own_norm, nothing
     machine = dispatch.machine(x.dtype, is_aligned=_are_aligned(x, weight))
     tile, thin = machine.gemm, machine.low_rank
     block_r = dispatch.rank_block(rank, thin)
@@ -741,7 +741,7 @@ def forward(
             BLOCK_T=thin.rows, BLOCK_O=thin.depth, BLOCK_R=block_r,
             **launch_options(thin),
         )  # fmt: skip
-        return y, h, gain, own_norm, nothing, seed
+        return y, h, gain, own_norm, nothing
     # the copy engine takes dense rows only
     has_descriptors = machine.has_descriptors and x.stride(1) == weight.stride(1) == 1 and columns > 0
     blended_gemm_kernel[(triton.cdiv(tokens, tile.rows) * triton.cdiv(rows, tile.columns),)](
@@ -754,7 +754,7 @@ def forward(
         BLOCK_T=tile.rows, BLOCK_O=tile.columns, BLOCK_I=tile.depth, BLOCK_R=block_r, GROUP=8,
         **launch_options(tile),
     )  # fmt: skip
-    return y, h, gain, own_norm, nothing, seed
+    return y, h, gain, own_norm, nothing
 
 
 def backward(
@@ -771,14 +771,14 @@ def backward(
     h: Tensor,
     gain: Tensor,
     kept: Tensor,
-    dropped: Tensor,
+    seed: Tensor | None,
     *,
     scale: float,
     token_scale_target: str,
     dropout_p: float,
     needs: list[bool],
 ) -> list[Tensor]:
-    """See eager.backward; `kept` is the output y or empty, `dropped` the seed of the dropout."""
+    """See eager.backward; `kept` is the output y or empty, `seed` that of the dropout or None."""
     inputs = (x, lora_a, lora_b, magnitude, blend, norm, bias, token_scale)
     make = torch.empty if dy.numel() and x.numel() else torch.zeros
     gradients = [
@@ -825,7 +825,7 @@ def backward(
         # the dropout mask of a tile is made in registers: a smaller tile
         block_t = max(16, tile.rows // (4 if x.dtype == torch.float32 else 2)) if dropout_p else tile.rows
         backward_dx_kernel[(triton.cdiv(tokens, block_t) * triton.cdiv(columns, tile.columns),)](
-            dy, x, weight, lora_a, lora_b, h, gain, token_scale, dropped,
+            dy, x, weight, lora_a, lora_b, h, gain, token_scale, seed,
             dx if need_x else x.new_empty(tokens, columns), dh, partial_dp, partial_dp[dx_parts:],
             tokens, columns, rows, rank,
             *dy.stride(), *x.stride(), *weight.stride(), *lora_a.stride(), *lora_b.stride(),
@@ -841,7 +841,7 @@ def backward(
     sum_programs = int(need_blend) + (triton.cdiv(tokens, block_sum) if need_p else 0)
     if da_programs + sum_programs:
         backward_da_kernel[(da_programs + sum_programs,)](
-            x, dh, dropped, da, partial_dp, dp, partial_dblend, dblend,
+            x, dh, seed, da, partial_dp, dp, partial_dblend, dblend,
             tokens, columns, rank, partial_dp.shape[0], partial_dblend.numel(), da_programs,
             *x.stride(),
             dropout_p,

@@ -102,9 +102,10 @@ def hybrid_linear(
         kept_gain = kept_gain._replace(scaled=(scaled_weight.to(weight.dtype), scaled_b))
     # flattened outside of the function: autograd forbids in-place edits of a function's output that is a view
     leading = x.shape[:-1]
+    x = x.reshape(math.prod(leading), x.shape[-1])
     y = _HybridLinear.apply(
-        x.reshape(math.prod(leading), x.shape[-1]), weight, lora_a, lora_b, magnitude, blend, norm, bias,
-        None if token_scale is None else token_scale.reshape(-1).contiguous(),
+        x, weight, lora_a, lora_b, magnitude, blend, norm, bias,
+        None if token_scale is None else token_scale.reshape(-1).contiguous(), _drawn(x, dropout_p, choice),
         float(scale), token_scale_target, float(dropout_p), save_output, choice, kept_gain,
     )  # fmt: skip
     return y if len(leading) == 1 else y.view(*leading, weight.shape[0])
@@ -126,10 +127,15 @@ def adapted_weight(
     Arguments and errors are those of `hybrid_linear`; the bias stays what it was.
     """
     check_adapter(weight, lora_a, lora_b)
+    _check_gain(weight, magnitude, blend, norm)
     if magnitude is not None and norm is None:
         norm = column_norm(weight, lora_a, lora_b, scale=scale)
-    implementation = _implementation(backend.choose(weight))
-    return implementation.adapted_weight(weight, lora_a, lora_b, magnitude, blend, norm, scale=scale)
+    if norm is not None:
+        norm = norm.to(eager.column_norm.accumulation_dtype(weight)).contiguous()
+    magnitude = None if magnitude is None else magnitude.contiguous()
+    with backend.on_device_of(weight):
+        implementation = _implementation(backend.choose(weight))
+        return implementation.adapted_weight(weight, lora_a, lora_b, magnitude, blend, norm, scale=scale)
 
 
 def _check(
@@ -142,24 +148,33 @@ def _check(
         )
     if not x.dtype.is_floating_point:
         raise TypeError(f"x must be floating point, got {x.dtype}")
-    for name, tensor in (("blend", blend), ("norm", norm), ("kept_gain", kept_gain)):
-        if tensor is not None and magnitude is None:
-            raise ValueError(
-                f"{name} was given without magnitude, whose gain m / n it is part of; give both or neither"
-            )
+    if kept_gain is not None and magnitude is None:
+        raise ValueError("kept_gain was given without magnitude, whose gain it is; give both or neither")
+    _check_gain(weight, magnitude, blend, norm)
     if token_scale_target not in TOKEN_SCALE_TARGETS:
         raise ValueError(f"token_scale_target must be one of {TOKEN_SCALE_TARGETS}, got {token_scale_target!r}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    rows = (weight.shape[0],)
-    for name, tensor, shapes in (
-        ("magnitude", magnitude, (rows,)),
-        ("bias", bias, (rows,)),
-        ("norm", norm, (rows,)),
-        ("blend", blend, ((), (1,))),
+    _check_tensors(
+        weight,
+        ("bias", bias, ((weight.shape[0],),)),
         ("token_scale", token_scale, (x.shape[:-1],)),
         ("x", x, (x.shape,)),
-    ):
+    )
+
+
+def _check_gain(weight: Tensor, magnitude: Tensor | None, blend: Tensor | None, norm: Tensor | None) -> None:
+    for name, tensor in (("blend", blend), ("norm", norm)):
+        if tensor is not None and magnitude is None:
+            raise ValueError(
+                f"{name} was given without magnitude, whose gain m / n it is part of; give both or neither"
+            )
+    rows = ((weight.shape[0],),)
+    _check_tensors(weight, ("magnitude", magnitude, rows), ("norm", norm, rows), ("blend", blend, ((), (1,))))
+
+
+def _check_tensors(weight: Tensor, *given: tuple[str, Tensor | None, tuple]) -> None:
+    for name, tensor, shapes in given:
         if tensor is None:
             continue
         if tuple(tensor.shape) not in [tuple(shape) for shape in shapes]:
@@ -171,28 +186,42 @@ def _check(
             raise ValueError(f"{name} is on {tensor.device} but weight is on {weight.device}; move them to one device")
 
 
+def _drawn(x: Tensor, dropout_p: float, choice: str) -> Tensor | None:
+    """What dropout keeps of x (T, I): its seed (1,) for Triton, else the mask (T, I); None without dropout.
+
+    Drawn outside of the registered op, which a compiler may repeat or merge with another call of it.
+    """
+    if not dropout_p:
+        return None
+    if choice == "triton":
+        return torch.randint(2**62, (1,), device=x.device, dtype=torch.int64)
+    return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout_p)
+
+
 def _implementation(choice: str):
     return kernel if choice == "triton" else eager
 
 
 def _forward(
-    x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale,
+    x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale, dropped,
     scale, token_scale_target, dropout_p, save, choice, *shortcut,
 ):  # fmt: skip
-    return _implementation(choice).forward(
-        x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale, *shortcut,
-        scale=scale, token_scale_target=token_scale_target, dropout_p=dropout_p, save=save,
-    )  # fmt: skip
+    with backend.on_device_of(x):
+        return _implementation(choice).forward(
+            x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale, dropped, *shortcut,
+            scale=scale, token_scale_target=token_scale_target, dropout_p=dropout_p, save=save,
+        )  # fmt: skip
 
 
 def _backward(
     dy, x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale, h, gain, kept, dropped,
     scale, token_scale_target, dropout_p, needs, choice, *shortcut,
 ):  # fmt: skip
-    return _implementation(choice).backward(
-        dy, x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale, h, gain, kept, dropped, *shortcut,
-        scale=scale, token_scale_target=token_scale_target, dropout_p=dropout_p, needs=needs,
-    )  # fmt: skip
+    with backend.on_device_of(x):
+        return _implementation(choice).backward(
+            dy, x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale, h, gain, kept, dropped, *shortcut,
+            scale=scale, token_scale_target=token_scale_target, dropout_p=dropout_p, needs=needs,
+        )  # fmt: skip
 
 
 def _distinct(tensors: tuple[Tensor, ...] | list[Tensor]) -> list[Tensor]:
@@ -211,34 +240,47 @@ def _forward_op(
     norm: Tensor | None,
     bias: Tensor | None,
     token_scale: Tensor | None,
+    dropped: Tensor | None,
     scale: float,
     token_scale_target: str,
     dropout_p: float,
     save: bool,
     choice: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    y, h, gain, own_norm, kept, dropped = _distinct(
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    y, h, gain, own_norm, kept = _distinct(
         _forward(
-            x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale,
+            x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale, dropped,
             scale, token_scale_target, dropout_p, save, choice,
         )
     )  # fmt: skip
-    return y, h, gain, own_norm, kept, dropped
+    return y, h, gain, own_norm, kept
 
 
 @_forward_op.register_fake
-def _(x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale, scale, target, dropout_p, save, choice):
+def _(
+    x,
+    weight,
+    lora_a,
+    lora_b,
+    magnitude,
+    blend,
+    norm,
+    bias,
+    token_scale,
+    dropped,
+    scale,
+    target,
+    dropout_p,
+    save,
+    choice,
+):
     tokens, rows = x.shape[0], weight.shape[0]
     own = eager.column_norm.accumulation_dtype(x)
     gains = x.new_empty(0) if magnitude is None else x.new_empty(rows, dtype=own)
     norms = x.new_empty(0) if magnitude is None or norm is not None else x.new_empty(rows, dtype=own)
     keeps_product = choice == "eager" and save and magnitude is not None and bias is not None
-    if choice == "eager":
-        dropped = x.new_empty(x.shape if dropout_p else 0, dtype=torch.bool)
-    else:
-        dropped = x.new_empty(1 if dropout_p else 0, dtype=torch.int64)
     kept = x.new_empty((tokens, rows) if keeps_product else 0)
-    return x.new_empty(tokens, rows), x.new_empty(tokens, lora_a.shape[0]), gains, norms, kept, dropped
+    return x.new_empty(tokens, rows), x.new_empty(tokens, lora_a.shape[0]), gains, norms, kept
 
 
 @torch.library.custom_op("hylorada::hybrid_linear_backward", mutates_args=())
@@ -256,7 +298,7 @@ def _backward_op(
     h: Tensor,
     gain: Tensor,
     kept: Tensor,
-    dropped: Tensor,
+    dropped: Tensor | None,
     scale: float,
     token_scale_target: str,
     dropout_p: float,
@@ -305,7 +347,7 @@ class _HybridLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale,
+        ctx, x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale, dropped,
         scale, token_scale_target, dropout_p, save_output, choice, kept_gain,
     ):  # fmt: skip
         needs = [ctx.needs_input_grad[i] for i in (0, 2, 3, 4, 5, 6, 7, 8)]
@@ -313,8 +355,8 @@ class _HybridLinear(torch.autograd.Function):
         run = _forward if backend.runs_directly(x, choice) else _forward_op
         ctx.shortcut = () if kept_gain is None else (kept_gain,)
         with backend.no_autocast(x):
-            y, h, gain, own_norm, kept, dropped = run(
-                x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale,
+            y, h, gain, own_norm, kept = run(
+                x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale, dropped,
                 scale, token_scale_target, dropout_p, save, choice, *ctx.shortcut,
             )  # fmt: skip
         if magnitude is not None and norm is None:
@@ -339,7 +381,7 @@ def _gradients(ctx, dy):
     with backend.no_autocast(dy):
         gradients = run(dy, *ctx.saved_tensors, *ctx.options, *ctx.shortcut)
     dx, *others = [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
-    return dx, None, *others, None, None, None, None, None, None
+    return dx, None, *others, None, None, None, None, None, None, None
 
 
 _gradients_once = torch.autograd.function.once_differentiable(_gradients)

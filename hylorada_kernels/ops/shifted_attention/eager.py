@@ -101,6 +101,7 @@ def forward(
     v: Tensor,
     lengths: Tensor | None,
     cu_seqlens: Tensor | None,
+    seed: Tensor | None,
     *,
     group_size: int,
     shift: int,
@@ -109,19 +110,18 @@ def forward(
     sink_tokens: int,
     scale: float,
     dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> out (B, Hq, L, D), log-sum-exp of the scores (B, Hq, L), seed of the dropout (1,) or nothing.
+) -> tuple[Tensor, Tensor]:
+    """-> out (B, Hq, L, D), log-sum-exp of the scores (B, Hq, L). seed: of the dropout, (1,) int64, or None.
 
     A row without keys has the log-sum-exp 0.
     """
     q, k, v = _unit_step(q, k, v)
-    seed = torch.randint(2**62, (1 if dropout_p else 0,), device=q.device, dtype=torch.int64)
-    dropout = Dropout(dropout_p, seed) if dropout_p else None
+    dropout = None if seed is None else Dropout(dropout_p, seed)
     runs = _runs(q, k, v, lengths, cu_seqlens, group_size, shift, shifted_heads, causal, sink_tokens, not dropout_p)
     if _is_whole(runs, q):
         out, lse = _attend(runs[0].queries(q), runs[0].keys(k), runs[0].keys(v), 0, causal, scale, dropout)
         lse = lse.unflatten(0, (-1, runs[0].count)).transpose(1, 2).reshape(q.shape[:3])
-        return _unfolded(out, q), lse.contiguous(), seed
+        return _unfolded(out, q), lse.contiguous()
     out = tokens_first(q).zero_()
     lse = q.new_zeros(q.shape[:3], dtype=_accumulation_dtype(q))
     for run in runs:
@@ -129,7 +129,7 @@ def forward(
         own_out, own_lse = _attend(run.queries(q), run.keys(k), run.keys(v), early, causal, scale, dropout)
         run.put_queries(out, own_out)
         run.put_queries(lse, own_lse)
-    return out, lse, seed
+    return out, lse
 
 
 def backward(
@@ -141,7 +141,7 @@ def backward(
     cu_seqlens: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    seed: Tensor,
+    seed: Tensor | None,
     *,
     group_size: int,
     shift: int,
@@ -153,7 +153,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
     do, q, k, v = _unit_step(do, q, k, v)
-    dropout = Dropout(dropout_p, seed) if dropout_p else None
+    dropout = None if seed is None else Dropout(dropout_p, seed)
     runs = _runs(q, k, v, lengths, cu_seqlens, group_size, shift, shifted_heads, causal, sink_tokens, not dropout_p)
     whole = _is_whole(runs, q)
     # what several calls add to is summed in fp32

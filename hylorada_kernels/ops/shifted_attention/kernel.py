@@ -606,6 +606,7 @@ def forward(
     v: Tensor,
     lengths: Tensor | None,
     cu_seqlens: Tensor | None,
+    seed: Tensor | None,
     *,
     group_size: int,
     shift: int,
@@ -614,14 +615,13 @@ def forward(
     sink_tokens: int,
     scale: float,
     dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> out (B, Hq, L, D), log-sum-exp of the scores (B, Hq, L), seed of the dropout (1,) or nothing."""
+) -> tuple[Tensor, Tensor]:
+    """-> out (B, Hq, L, D), log-sum-exp of the scores (B, Hq, L). seed: of the dropout, (1,) int64, or None."""
     (batch, heads, length, _), block_d = q.shape, _head_block(q)
     out = tokens_first(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    seed = torch.randint(2**62, (1 if dropout_p else 0,), device=q.device, dtype=torch.int64)
     if not q.numel():
-        return out, lse, seed
+        return out, lse
     tile = chosen_tile("forward", q.dtype, block_d, group_size, dropout_p > 0)
     offsets = _offsets(shift, shifted_heads)
     forward_kernel[(_tiles(length, group_size, offsets, cu_seqlens, tile.queries), heads, batch)](
@@ -634,7 +634,7 @@ def forward(
         BLOCK_Q=tile.queries, BLOCK_K=tile.keys, BLOCK_D=block_d,
         **launch_options(tile),
     )  # fmt: skip
-    return out, lse, seed
+    return out, lse
 
 
 def backward(
@@ -646,7 +646,7 @@ def backward(
     cu_seqlens: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    seed: Tensor,
+    seed: Tensor | None,
     *,
     group_size: int,
     shift: int,
@@ -660,7 +660,8 @@ def backward(
     (batch, heads, length, head_dim), kv_heads, block_d = q.shape, k.shape[1], _head_block(q)
     dq, dk, dv = tokens_first(q), tokens_first(k), tokens_first(v)
     if not q.numel():
-        return dq, dk, dv
+        # without query heads there are keys all the same
+        return dq, dk.zero_(), dv.zero_()
     delta = torch.empty_like(lse)
     ratio, offsets = heads // kv_heads, _offsets(shift, shifted_heads)
     sizes = _sizes(q, k, group_size, shift, shifted_heads, sink_tokens, cu_seqlens)

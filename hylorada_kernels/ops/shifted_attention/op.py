@@ -71,8 +71,10 @@ def shifted_attention(
         raise TypeError(
             f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}; cast them, or use torch.autocast"
         )
+    # drawn outside of the registered op, which a compiler may repeat or merge with another call of it
+    seed = torch.randint(2**62, (1,), device=q.device, dtype=torch.int64) if dropout_p else None
     return _ShiftedAttention.apply(
-        q, k, v, lengths, cu_seqlens,
+        q, k, v, lengths, cu_seqlens, seed,
         group_size, shift, shifted_heads, causal, sink_tokens,
         q.shape[-1] ** -0.5 if scale is None else float(scale), float(dropout_p), backend.choose(q),
     )  # fmt: skip
@@ -146,25 +148,27 @@ def _implementation(choice: str):
 
 
 def _forward(
-    q, k, v, lengths, cu_seqlens, group_size, shift, shifted_heads, causal, sink_tokens, scale, dropout_p, choice
+    q, k, v, lengths, cu_seqlens, seed, group_size, shift, shifted_heads, causal, sink_tokens, scale, dropout_p, choice
 ):
     _check_boundaries(q.shape[2], lengths, cu_seqlens)
-    return _implementation(choice).forward(
-        q, k, v, lengths, cu_seqlens,
-        group_size=group_size, shift=shift, shifted_heads=shifted_heads, causal=causal, sink_tokens=sink_tokens,
-        scale=scale, dropout_p=dropout_p,
-    )  # fmt: skip
+    with backend.on_device_of(q):
+        return _implementation(choice).forward(
+            q, k, v, lengths, cu_seqlens, seed,
+            group_size=group_size, shift=shift, shifted_heads=shifted_heads, causal=causal, sink_tokens=sink_tokens,
+            scale=scale, dropout_p=dropout_p,
+        )  # fmt: skip
 
 
 def _backward(
     do, q, k, v, lengths, cu_seqlens, out, lse, seed,
     group_size, shift, shifted_heads, causal, sink_tokens, scale, dropout_p, choice,
 ):  # fmt: skip
-    return _implementation(choice).backward(
-        do, q, k, v, lengths, cu_seqlens, out, lse, seed,
-        group_size=group_size, shift=shift, shifted_heads=shifted_heads, causal=causal, sink_tokens=sink_tokens,
-        scale=scale, dropout_p=dropout_p,
-    )  # fmt: skip
+    with backend.on_device_of(q):
+        return _implementation(choice).backward(
+            do, q, k, v, lengths, cu_seqlens, out, lse, seed,
+            group_size=group_size, shift=shift, shifted_heads=shifted_heads, causal=causal, sink_tokens=sink_tokens,
+            scale=scale, dropout_p=dropout_p,
+        )  # fmt: skip
 
 
 @torch.library.custom_op("hylorada::shifted_attention", mutates_args=())
@@ -174,6 +178,7 @@ def _forward_op(
     v: Tensor,
     lengths: Tensor | None,
     cu_seqlens: Tensor | None,
+    seed: Tensor | None,
     group_size: int,
     shift: int,
     shifted_heads: str,
@@ -182,17 +187,17 @@ def _forward_op(
     scale: float,
     dropout_p: float,
     choice: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     return _forward(
-        q, k, v, lengths, cu_seqlens, group_size, shift, shifted_heads, causal, sink_tokens, scale, dropout_p, choice
-    )
+        q, k, v, lengths, cu_seqlens, seed,
+        group_size, shift, shifted_heads, causal, sink_tokens, scale, dropout_p, choice,
+    )  # fmt: skip
 
 
 @_forward_op.register_fake
-def _(q, k, v, lengths, cu_seqlens, group_size, shift, shifted_heads, causal, sink_tokens, scale, dropout_p, choice):
+def _(q, *_):
     own = torch.float64 if q.dtype == torch.float64 else torch.float32
-    seed = q.new_empty(1 if dropout_p else 0, dtype=torch.int64)
-    return tokens_first(q), q.new_empty(q.shape[:3], dtype=own), seed
+    return tokens_first(q), q.new_empty(q.shape[:3], dtype=own)
 
 
 @torch.library.custom_op("hylorada::shifted_attention_backward", mutates_args=())
@@ -205,7 +210,7 @@ def _backward_op(
     cu_seqlens: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    seed: Tensor,
+    seed: Tensor | None,
     group_size: int,
     shift: int,
     shifted_heads: str,
@@ -228,10 +233,10 @@ def _(do, q, k, v, *_):
 
 class _ShiftedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, lengths, cu_seqlens, *options):
+    def forward(ctx, q, k, v, lengths, cu_seqlens, seed, *options):
         run = _forward if backend.runs_directly(q, options[-1]) else _forward_op
         with backend.no_autocast(q):
-            out, lse, seed = run(q, k, v, lengths, cu_seqlens, *options)
+            out, lse = run(q, k, v, lengths, cu_seqlens, seed, *options)
         ctx.save_for_backward(q, k, v, lengths, cu_seqlens, out, lse, seed)
         ctx.options = options
         return out
@@ -242,4 +247,4 @@ class _ShiftedAttention(torch.autograd.Function):
         run = _backward if backend.runs_directly(do, ctx.options[-1]) else _backward_op
         with backend.no_autocast(do):
             gradients = run(do, *ctx.saved_tensors, *ctx.options)
-        return (*gradients, None, None, *[None] * len(ctx.options))
+        return (*gradients, None, None, None, *[None] * len(ctx.options))
