@@ -270,7 +270,7 @@ def _gain_gradient(
 
 
 def _thinned(x: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
-    return x if mask is None else (x * mask).mul_(1 / (1 - dropout_p))
+    return x if mask is None else torch.where(mask, x, 0).mul_(1 / (1 - dropout_p))
 
 
 def _product(
