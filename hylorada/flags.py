@@ -86,7 +86,12 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         help="of the base model's weights; adapters are always fp32",
     )
     add("--dataset", default="kjv", help='"kjv" (default), another name that load_documents knows, or a path')
-    add("--max_length", type=int, default=512, help="tokens of a block, in training and in evaluation")
+    add(
+        "--max_length",
+        type=int,
+        default=512,
+        help="tokens of a block, in training and in evaluation; a shorter table of positions is made longer",
+    )
     add("--num_train", type=int, help="training blocks, evenly spread; default: all")
     add("--num_test", type=int, default=64, help="held-out blocks, evenly spread")
     add("--validation", action="store_true", help="hold out training documents instead: to choose settings")
