@@ -85,8 +85,8 @@ def assert_parity(given, backend, *, route="fused", norm_grad=False, drawn=False
 def _drawn_floor(given, independent, floor):
     """The count of independent roundings, and the floor, where both may be small."""
     if given.token_scale is not None:
-        # the rounding of a position scale is shared by all of its token; a token of scale 0 has none
-        independent = min(independent, int(given.token_scale.count_nonzero()))
+        # a token of scale 0 has no rounding
+        independent = independent * int(given.token_scale.count_nonzero()) // max(given.token_scale.numel(), 1)
     # the size of n normal terms is that of a third of them
     independent //= 3
     # the ideal result is rounded about three times, but of few values it may be lucky, and ours not

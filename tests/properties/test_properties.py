@@ -74,7 +74,7 @@ def test_sinks_carry_the_norm_of_a_gradient_alone():
     check_attention(given)
 
 
-@pytest.mark.parametrize("dtype, tokens, columns, seed", [(torch.bfloat16, 1, 2, 159), (torch.float16, 5, 1, 95)])
+@pytest.mark.parametrize("dtype, tokens, columns, seed", [(torch.bfloat16, 1, 2, 208), (torch.float16, 5, 1, 109)])
 def test_few_roundings_may_be_unlucky_together(dtype, tokens, columns, seed):
     sizes, options = {1: ((2, 1), {}), 5: ((1, 5), {"token_scale_target": "delta"})}[tokens]
     only_granted_where_drawn(
