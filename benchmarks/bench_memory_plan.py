@@ -1,6 +1,6 @@
 """The planned peak of a training step of SmolLM2-135M beside the measured one, on the CPU.
 
-    pytest benchmarks/bench_memory_plan.py -n 0 --results benchmarks/results                (18 minutes)
+    pytest benchmarks/bench_memory_plan.py -n 0 --results benchmarks/results
 
 "step" is what forward and backward take beyond what is there before them: weights, adapter, optimizer. It is measured
 as the most that PyTorch's allocator handed out at one time. "process" is everything, measured as the largest resident
@@ -31,7 +31,7 @@ SETTINGS = {
 }
 WITHIN = 0.1
 # bytes from which on a block is given back when it is freed; unset, glibc raises it as blocks are freed. A hidden state
-# of 512 tokens in bf16 takes 576 KiB: with a limit of 1 MiB its fragments alone were 120 MiB
+# of 512 tokens in bf16 takes 576 KiB: a limit of 1 MiB would let its fragments stay
 LARGE_BLOCK = 1 << 16
 
 

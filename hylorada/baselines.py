@@ -14,9 +14,8 @@ from .model import HyLoRADAModel, enable_checkpointing
 from .sparse_mlp import add_sparse_adapters
 
 _LENGTH = ("rope_scaling_type", "rope_scaling_factor", "position_extension")
-# the fields of HyLoRADAConfig that the methods without one of their own follow
+# the fields of HyLoRADAConfig that trained methods without one of their own follow
 _FOLLOWED = {
-    "baseline": _LENGTH,
     "full": (*_LENGTH, "gradient_checkpointing"),
     "sparse": (*_LENGTH, "gradient_checkpointing", "lora_rank"),
 }
@@ -72,11 +71,10 @@ def get_baseline_model(name: str, base_model: PreTrainedModel, **overrides: Any)
 
 
 def unused_fields(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields that are not at HyLoRADAConfig's defaults and that a method without such a config ignores."""
-    if name not in BASELINES:
-        return {}
+    """Return the fields that are not at HyLoRADAConfig's defaults and that a trained method ignores."""
+    followed = _FOLLOWED.get(name, tuple(fields))
     return {
         field: value
         for field, value in fields.items()
-        if field not in _FOLLOWED[name] and value != getattr(HyLoRADAConfig, field)
+        if field not in followed and value != getattr(HyLoRADAConfig, field)
     }

@@ -78,7 +78,7 @@ def compare(options: argparse.Namespace, arms: list[Arm], reference: str | None 
     for arm in arms:
         for name, value in arm.decided(shared).items():
             logger.info("%s decides %s=%r itself; the flag is for the others", arm.name, name, value)
-        for name, value in unused_fields(arm.method, shared).items() if arm.is_trained else ():
+        for name, value in unused_fields(arm.method, shared).items():
             logger.info("%s has no use for %s=%r; the flag is for the others", arm.name, name, value)
     rows: list[dict[str, Any]] = []
     before: dict[str, list[float]] = {}
@@ -125,14 +125,17 @@ def _search_rates(
 def _longer_table(model: Any, options: argparse.Namespace) -> dict[str, Any]:
     """The fields that make a learned position table as long as the texts, which no arm could read otherwise."""
     length = table_length(model)
-    if length is None or options.max_length <= round(length * options.rope_scaling_factor):
+    if length is None:
+        return {}
+    reached = round(length * options.rope_scaling_factor)
+    if options.max_length <= reached:
         return {}
     factor = options.max_length / length
     if options.rope_scaling_type is not None:
         raise ValueError(
             f"--max_length {options.max_length}: --rope_scaling_factor {options.rope_scaling_factor:g} takes the "
-            f"{length} learned positions of {options.model} to {round(length * options.rope_scaling_factor)}; give "
-            f"{factor:g} or more, or a shorter --max_length"
+            f"{length} learned positions of {options.model} to {reached}; give {factor:g} or more, or a shorter "
+            "--max_length"
         )
     logger.info(
         "%s has %d learned positions: its table is made longer for every method, as by --rope_scaling_type auto "

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers import PreTrainedModel
 
-from .config import POSITION_BUCKETS, HyLoRADAConfig
+from .config import LANDMARK_POSITION_BUCKETS, HyLoRADAConfig
 from .daa import DirectAttention
 from .embeddings import embedding_parameters, norm_parameters
 from .landmark import LandmarkHook, LandmarkLoRA, check_gate, find_head_input, has_landmarks
@@ -178,7 +178,7 @@ class LandmarkComponent(Component):
             hidden.shape[-1],
             config.num_landmarks,
             config.landmark_gate,
-            POSITION_BUCKETS if config.landmark_position else 0,
+            LANDMARK_POSITION_BUCKETS if config.landmark_position else 0,
             config.max_sequence_length,
             hidden.device,
         )

@@ -41,8 +41,8 @@ SWITCHES = {
     "rope_scaling_factor": "rope_scaling_type",
     "position_extension": "rope_scaling_type",
 }
-# of the landmarks' position, by logarithm
-POSITION_BUCKETS = 64
+# of the position that a landmarks' gate learns, by logarithm
+LANDMARK_POSITION_BUCKETS = 64
 _CHOICES = {
     "lora_init": ("orthogonal", "kaiming"),
     "position_bucket": ("log", "log2"),
@@ -191,11 +191,10 @@ class HyLoRADAConfig:
             self._check_log_buckets("position_num_buckets", 'position_bucket="log2"')
         if self.daa_enabled and self.daa_num_buckets:
             self._check_log_buckets("daa_num_buckets", "0 for the temperature alone")
-
-        if self.landmark_enabled and self.landmark_position and self.max_sequence_length <= POSITION_BUCKETS // 4:
+        single = LANDMARK_POSITION_BUCKETS // 4
+        if self.landmark_enabled and self.landmark_position and self.max_sequence_length <= single:
             raise ValueError(
-                f"max_sequence_length must exceed {POSITION_BUCKETS // 4} with landmark_position=True, got "
-                f"{self.max_sequence_length}"
+                f"max_sequence_length must exceed {single} with landmark_position=True, got {self.max_sequence_length}"
             )
 
     def _check_log_buckets(self, field: str, instead: str):

@@ -14,7 +14,7 @@ from accelerate import Accelerator, skip_first_batches
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .evened import unlearned
+from .even_batches import unlearned
 from .storage import check_base, fingerprint
 
 

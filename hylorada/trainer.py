@@ -25,7 +25,7 @@ from transformers import SchedulerType, get_scheduler
 from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from .config import real_number, whole_number
 from .evaluation import batch_loss_sum, mean_loss, predicted_tokens
-from .evened import evened, own_rows
+from .even_batches import evened, own_rows
 from .model import get_lora_plus_param_groups
 from .pretrained import DTYPES
 from .run_state import (

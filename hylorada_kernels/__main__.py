@@ -35,12 +35,16 @@ def _tune() -> int:
         print(error, file=sys.stderr)
         return 1
     gpu = torch.cuda.get_device_name()
-    path = dispatch.tuning_file(gpu)
-    tuning.write(path, measurement, gpu)
     print(f"{'in-features':>12}  fused / library")
     for columns, ratio in measurement.ratios.items():
         print(f"{columns:>12}  {ratio:.3f}")
-    print(f"fused up to {measurement.fused_up_to} in-features on {gpu}; written to {path}")
+    print(f"fused up to {measurement.fused_up_to} in-features on {gpu}")
+    path = dispatch.tuning_file(gpu)
+    if path is None:
+        print("not kept: this process has no home directory; set HOME and run tune again", file=sys.stderr)
+        return 1
+    tuning.write(path, measurement, gpu)
+    print(f"written to {path}")
     return 0
 
 

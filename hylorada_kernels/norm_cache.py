@@ -99,14 +99,15 @@ def _can_keep(weight: Tensor, lora_a: Tensor, lora_b: Tensor, choice: str) -> bo
 
 
 def _new_state(weight: Tensor, lora_a: Tensor, lora_b: Tensor, choice: str, step: int) -> list[Tensor]:
-    """What is kept: the norm first; last a key, to which nothing fits while it is 0."""
+    """What is kept: the norm first; last the fingerprint or a key, to which nothing fits while they are 0."""
     rows = weight.shape[0]
     # tensors made in inference mode could never be written to outside of it
     with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
         norm = weight.new_zeros(rows, dtype=torch.promote_types(weight.dtype, torch.float32))
         if choice == "triton":
-            fingerprint = weight.new_zeros(kernel.programs(rows), dtype=torch.int64)
-            return [norm, fingerprint, torch.zeros(KEY_LENGTH - 2, dtype=torch.int64, device="cpu")]
+            # on the host, so that nobody waits for it
+            key = torch.zeros(KEY_LENGTH - 2, dtype=torch.int64, device="cpu")
+            return [norm, key, weight.new_zeros(kernel.programs(rows), dtype=torch.int64)]
         copies = [torch.zeros_like(factor, memory_format=torch.contiguous_format) for factor in (lora_a, lora_b)]
         samples = weight.new_zeros(-(-weight.numel() // step))
         key = weight.new_zeros(KEY_LENGTH, dtype=torch.int64)
@@ -126,9 +127,12 @@ def _norm(
     """`given`: what was given the last time, to be given again where it still holds."""
     if choice == "triton":
         samples = -(-weight.numel() // step)
+        kept_norm, key, fingerprint = kept
         with backend.on_device_of(weight):
-            _forget_other_weight(kept[1], kept[2], weight)
-            norm = kernel.guarded(kept[:2], weight, lora_a, lora_b, scale=scale, samples=samples, sample_step=step)
+            _forget_other_weight(key, fingerprint, weight)
+            norm = kernel.guarded(
+                [kept_norm, fingerprint], weight, lora_a, lora_b, scale=scale, samples=samples, sample_step=step
+            )
     else:
         with backend.no_autocast(weight):
             norm = _compared(kept, weight, lora_a, lora_b, scale, step, given)
@@ -149,13 +153,13 @@ def _(kept, weight, lora_a, lora_b, scale, choice, step):
     return torch.empty_like(kept[0])
 
 
-def _forget_other_weight(fingerprint: Tensor, kept_key: Tensor, weight: Tensor) -> None:
+def _forget_other_weight(kept_key: Tensor, fingerprint: Tensor, weight: Tensor) -> None:
     """An edit in the open may miss the sample. The address is left out: a gathered shard's is another each time."""
     mark, _, *others = weight_key(weight)
-    # on the host, so that nobody waits
-    if kept_key.tolist() != [mark, *others]:
+    key = [mark, *others]
+    if kept_key.tolist() != key:
         fingerprint.zero_()
-        kept_key.copy_(torch.tensor([mark, *others]))
+        kept_key.copy_(torch.tensor(key))
 
 
 def _compared(

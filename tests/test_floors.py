@@ -16,7 +16,7 @@ FLOORS = [
     ["config", "files", "hub", "peak_memory", "provenance", "row_attention", "statistics", "tables", "trackers"],
     ["assets", "checkpoint", "flags", "sources", "pretrained", "position", "position_table", "report", "storage"],
     ["data"],
-    ["daa", "embeddings", "evened", "landmark", "lora", "perplexity", "rope"],
+    ["daa", "embeddings", "even_batches", "landmark", "lora", "perplexity", "rope"],
     ["retrieval", "run_state"],
     ["evaluation"],
     ["s2_attention", "sparse_mlp"],

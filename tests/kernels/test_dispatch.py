@@ -1,6 +1,7 @@
 """Which route a call takes, and what `tune` measures and keeps."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,6 +69,20 @@ def test_a_damaged_tuning_file_is_reported_and_left_aside(tmp_path, caplog, text
     path.write_text(text)
     assert read_tuning(path) is None
     assert "using the defaults" in caplog.text
+
+
+def test_without_a_home_directory_the_table_decides_and_tune_says_that_nothing_is_kept(monkeypatch, capsys):
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nowhere)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
+    monkeypatch.setattr(tuning, "tune", lambda: tuning.Measurement(fused_up_to=3000, ratios={2048: 0.9, 4096: 1.1}))
+    assert dispatch._measured_switch_over.__wrapped__() is None
+    assert main(["tune"]) == 1
+    printed = capsys.readouterr()
+    assert "fused up to 3000 in-features on a GPU" in printed.out and "no home directory; set HOME" in printed.err
 
 
 def test_what_was_measured_decides(on, tmp_path, monkeypatch):

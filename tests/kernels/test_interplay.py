@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from hylorada_kernels import HybridLinear, column_norm, hybrid_linear, using
+from hylorada_kernels import HybridLinear, column_norm, column_norms, hybrid_linear, using
 from hylorada_kernels import backend as dispatch
 from hylorada_kernels.ops.shifted_attention import shifted_attention
 from hylorada_kernels.testing import interpret, interpreter, linear_inputs
@@ -95,6 +96,27 @@ def test_every_registered_op_keeps_its_contract(backend, monkeypatch):
         torch.library.opcheck(function, arguments)
 
 
+@pytest.mark.skipif(not dispatch.HAS_TRITON or not interpreter.supported(), reason=interpreter.requires_interpreter)
+def test_every_kernel_is_launched_with_its_tensors_gpu_as_the_current_one(monkeypatch):
+    interpret()
+    guarded = []
+
+    @contextmanager
+    def on_device_of(tensor):
+        before = len(launched)
+        yield
+        guarded.extend(launched[before:])
+
+    monkeypatch.setattr(dispatch, "on_device_of", on_device_of)
+    layer = trained_layer()
+    with interpreter.launches() as launched, using("triton"):
+        call_everything()
+        layer.merged_weight()
+        column_norms([layer.weight], [layer.lora_a], [layer.lora_b], scales=[0.5])
+    assert {"one_pass_kernel", "backward_dx_kernel", "fingerprint_kernel", "merge_kernel"} < set(launched)
+    assert sorted(guarded) == sorted(launched)
+
+
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_a_compiled_layer_is_one_graph_and_the_layer(compiler):
     layer = trained_layer()
@@ -151,7 +173,7 @@ def test_a_checkpoint_repeats_its_own_dropout_and_no_other_call_does(compiler, f
     # linear in its weights: the gradient of a sum gives the sum back, if it saw the same mask
     total = repeated(weights).sum()
     total.backward()
-    assert float((weights * weights.grad).sum()) == pytest.approx(total.item(), rel=1e-4)
+    assert (weights * weights.grad).sum().item() == pytest.approx(total.item(), rel=1e-4)
     assert twice(weights).abs().max() > 0.1
 
 

@@ -137,26 +137,26 @@ def rank_block(rank: int, thin: Tile) -> int:
     return next_power_of_two(rank, at_least=16, at_most=thin.columns)
 
 
-def tuning_file(gpu: str) -> Path:
-    """Where `hylorada_kernels tune` keeps what it measured on a GPU of this name."""
+def tuning_file(gpu: str) -> Path | None:
+    """Where `hylorada_kernels tune` keeps what it measured on a GPU of this name; None without a home directory."""
     name = "".join(character if character.isalnum() else "-" for character in gpu)
-    return Path.home() / ".cache" / "hylorada_kernels" / f"{name}.json"
+    try:
+        return Path.home() / ".cache" / "hylorada_kernels" / f"{name}.json"
+    except RuntimeError:
+        return None
 
 
 @cache
 def _measured_switch_over() -> int | None:
     if not torch.cuda.is_available():
         return None
-    try:
-        path = tuning_file(torch.cuda.get_device_name())
-    except RuntimeError:
-        # nobody's home
-        return None
-    return read_tuning(path)
+    return read_tuning(tuning_file(torch.cuda.get_device_name()))
 
 
-def read_tuning(path: Path) -> int | None:
+def read_tuning(path: Path | None) -> int | None:
     """`fused_up_to` from a tuning file; None without one. A damaged file is reported and left aside."""
+    if path is None:
+        return None
     try:
         value = json.loads(path.read_text(encoding="utf-8"))["fused_up_to"]
     except FileNotFoundError:

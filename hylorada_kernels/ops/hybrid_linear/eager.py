@@ -211,11 +211,9 @@ def scale_rows(z: Tensor, scales: Tensor, *, in_place: bool = False) -> Tensor:
         return z.mul_(column) if in_place else z * column
     if not z.is_cpu or not z.numel():
         return (z * scales.unsqueeze(-1)).to(z.dtype)
-    # rows as the channels of a batch of one: see _scale_columns
     flat = scales.reshape(-1)
-    zeros = torch.zeros_like(flat)
-    rows = z.reshape(1, len(flat), z.shape[-1])
-    return torch.native_batch_norm(rows, flat, None, zeros, zeros, False, 0.0, 1.0)[0].view(z.shape)
+    # rows as the channels of a batch of one
+    return _scale_channels(z.reshape(1, len(flat), z.shape[-1]), flat, None).view(z.shape)
 
 
 def with_scaled_weight(gain: Gain, weight: Tensor, lora_b: Tensor) -> Gain:
@@ -311,10 +309,17 @@ def _scale_columns(z: Tensor, gain: Tensor, bias: Tensor | None = None, *, in_pl
     if not z.is_cpu or not z.numel():
         scaled = z * gain if shift is None else torch.addcmul(shift, z, gain)
         return scaled.to(z.dtype)
-    # PyTorch multiplies bf16 by fp32 through fp32 copies (20x slower); an inference batch norm takes fp32 parameters
-    # in one pass
-    zeros = torch.zeros_like(gain)
-    return torch.native_batch_norm(z, gain, shift, zeros, zeros, False, 0.0, 1.0)[0]
+    return _scale_channels(z, gain, shift)
+
+
+def _scale_channels(z: Tensor, scales: Tensor, shift: Tensor | None) -> Tensor:
+    """A 16-bit z (N, C, ...) times fp32 scales (C,), plus shift (C,), on the CPU, rounded once.
+
+    PyTorch multiplies bf16 by fp32 through fp32 copies (20x slower); an inference batch norm takes fp32 parameters in
+    one pass.
+    """
+    zeros = torch.zeros_like(scales)
+    return torch.native_batch_norm(z, scales, shift, zeros, zeros, False, 0.0, 1.0)[0]
 
 
 def _column_sums(dy: Tensor, z: Tensor, dtype: torch.dtype, need_plain: bool) -> tuple[Tensor, Tensor]:

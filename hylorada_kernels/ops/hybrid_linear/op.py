@@ -257,23 +257,8 @@ def _forward_op(
 
 
 @_forward_op.register_fake
-def _(
-    x,
-    weight,
-    lora_a,
-    lora_b,
-    magnitude,
-    blend,
-    norm,
-    bias,
-    token_scale,
-    dropped,
-    scale,
-    target,
-    dropout_p,
-    save,
-    choice,
-):
+def _(x, weight, lora_a, lora_b, magnitude, blend, norm, bias, *options):
+    save, choice = options[-2:]
     tokens, rows = x.shape[0], weight.shape[0]
     own = eager.column_norm.accumulation_dtype(x)
     gains = x.new_empty(0) if magnitude is None else x.new_empty(rows, dtype=own)

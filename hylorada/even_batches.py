@@ -53,6 +53,7 @@ def evened(loader: Any, processes: int) -> Any:
         generator=loader.generator,
         prefetch_factor=loader.prefetch_factor,
         persistent_workers=loader.persistent_workers,
+        in_order=loader.in_order,
     )
 
 
