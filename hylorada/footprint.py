@@ -232,17 +232,17 @@ def _kept_bytes(module: nn.Module) -> int:
     """What an adapted layer keeps between optimizer steps: norm and gain, and copies that show whether they hold.
 
     That is the norm, once more as it was given, and that of the weight alone; the gain with its two derivatives; copies
-    of A, B and m; where it is asked for, the scaled weight and B, and another copy of B. Samples of the weight and
-    single numbers are left out.
+    of A, B and m; A, if it is of another dtype, and s B^T in the weight's dtype; where it is asked for, the scaled
+    weight and B. Samples of the weight and single numbers are left out.
     """
     if not isinstance(module, HybridLinear) or module.magnitude is None or module.norm_grad or module.merged:
         return 0
     rows = module.magnitude.nbytes * (6 if module.residual_weight is None else 7)
     weight: Tensor = module._base()
-    scaled = 0
-    if module.keep_scaled_weight:
-        scaled = (weight.numel() + module.lora_b.numel()) * weight.element_size() + module.lora_b.nbytes
-    return module.lora_a.nbytes + module.lora_b.nbytes + rows + scaled
+    up = module.lora_b.numel() * weight.element_size()
+    down = 0 if module.lora_a.dtype == weight.dtype else module.lora_a.numel() * weight.element_size()
+    scaled = weight.nbytes + up if module.keep_scaled_weight else 0
+    return module.lora_a.nbytes + module.lora_b.nbytes + rows + down + up + scaled
 
 
 @contextmanager

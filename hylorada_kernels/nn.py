@@ -32,6 +32,9 @@ class HybridLinear(nn.Module):
     Build it with `from_linear`.
     """
 
+    # nn.DataParallel sets it: its replicas share what is kept, on other devices
+    _is_replica = False
+
     def __init__(
         self,
         linear: nn.Module,
@@ -124,25 +127,29 @@ class HybridLinear(nn.Module):
         """x: (..., I) in weight's dtype; token_scale: x.shape[:-1] or None. -> (..., O)."""
         if self.merged:
             return self._merged_forward(x, token_scale)
+        # each access runs a search in Python
+        weight, lora_a, lora_b = self._base(), self.lora_a, self.lora_b
+        magnitude, blend = self.magnitude, self.residual_weight
         norm = kept_gain = None
-        # nn.DataParallel's replicas share what is kept, on other devices
-        if self.magnitude is not None and not self.norm_grad and not getattr(self, "_is_replica", False):
-            norm = self._norm()
+        if magnitude is not None and not self.norm_grad and not self._is_replica:
+            norm = self._norms.norm(weight, lora_a, lora_b, self.scale)
             kept_gain = self._gains.gain(
-                self._base(),
-                self.lora_b,
-                self.magnitude,
-                self.residual_weight,
+                weight,
+                lora_a,
+                lora_b,
+                magnitude,
+                blend,
                 norm,
+                scale=self.scale,
                 scale_weight=self.keep_scaled_weight,
             )
         return hybrid_linear(
             x,
-            self._base(),
-            self.lora_a,
-            self.lora_b,
-            self.magnitude,
-            self.residual_weight,
+            weight,
+            lora_a,
+            lora_b,
+            magnitude,
+            blend,
             scale=self.scale,
             bias=self.bias,
             norm=norm,
@@ -210,7 +217,8 @@ class HybridLinear(nn.Module):
 
     def _base(self) -> Tensor:
         """The weight as (O, I), a view."""
-        return self.weight.T if self.weight_is_transposed else self.weight
+        weight = self.weight
+        return weight.T if self.weight_is_transposed else weight
 
     def _norm(self) -> Tensor:
         return self._norms.norm(self._base(), self.lora_a, self.lora_b, self.scale)

@@ -7,6 +7,7 @@ with kept copies of A and B, on a GPU by a fingerprint of their bits, without th
 weight a sample is looked at.
 """
 
+import itertools
 import math
 import struct
 import threading
@@ -26,10 +27,12 @@ if backend.HAS_TRITON:
 # elements of the frozen weight that are looked at: whoever replaces it changes more than one in a hundred. Each lies in
 # a page of its own, so that many of them would cost as much as a small layer
 WEIGHT_SAMPLES = 512
-KEY_LENGTH = 7
+# of an eager layer; the last is the number of the norm, by which a copy of it is known
+KEY_LENGTH = 8
 
 _verifying: ContextVar[bool] = ContextVar("hylorada_verify_norms", default=False)
 _lock = threading.Lock()
+_numbers = itertools.count(1)
 
 
 @contextmanager
@@ -52,12 +55,13 @@ class NormCache:
     def __init__(self) -> None:
         # what is kept, the layout that it is for, and the distance between two samples of the weight
         self._state: tuple[list[Tensor], tuple, int] = [], (), 1
-        self._given: Tensor | None = None
+        # the last norm that was given and its number
+        self._given: tuple[int, Tensor] | None = None
 
     def norm(self, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
         """The norm, (O,) fp32 (fp64 for an fp64 weight), not to be written to. See `column_norm`.
 
-        The eager path gives the same tensor until the norm changes.
+        The eager path gives the same tensor until the weight, a factor or the scale changes.
         """
         with torch.no_grad():
             choice = backend.choose(weight)
@@ -78,9 +82,9 @@ class NormCache:
                 return _norm_op(*arguments)
             # what is made in inference mode could not be saved for a backward later
             if choice == "triton" or torch.is_inference_mode_enabled():
-                return _norm(*arguments)
-            self._given = _norm(*arguments, self._given)
-            return self._given
+                return _norm(*arguments)[1]
+            self._given = given = _norm(*arguments, self._given)
+            return given[1]
 
     def invalidate(self) -> None:
         """Forget the norm: needed after a few elements of the frozen weight were edited behind autograd's back."""
@@ -106,7 +110,7 @@ def _new_state(weight: Tensor, lora_a: Tensor, lora_b: Tensor, choice: str, step
         norm = weight.new_zeros(rows, dtype=torch.promote_types(weight.dtype, torch.float32))
         if choice == "triton":
             # on the host, so that nobody waits for it
-            key = torch.zeros(KEY_LENGTH - 2, dtype=torch.int64, device="cpu")
+            key = torch.zeros(KEY_LENGTH - 3, dtype=torch.int64, device="cpu")
             return [norm, key, weight.new_zeros(kernel.programs(rows), dtype=torch.int64)]
         copies = [torch.zeros_like(factor, memory_format=torch.contiguous_format) for factor in (lora_a, lora_b)]
         samples = weight.new_zeros(-(-weight.numel() // step))
@@ -122,30 +126,33 @@ def _norm(
     scale: float,
     choice: str,
     step: int,
-    given: Tensor | None = None,
-) -> Tensor:
-    """`given`: what was given the last time, to be given again where it still holds."""
+    given: tuple[int, Tensor] | None = None,
+) -> tuple[int, Tensor]:
+    """A norm and its number. `given`: what was given the last time, to be given again where it still holds."""
     if choice == "triton":
         samples = -(-weight.numel() // step)
         kept_norm, key, fingerprint = kept
         with backend.on_device_of(weight):
             _forget_other_weight(key, fingerprint, weight)
-            norm = kernel.guarded(
-                [kept_norm, fingerprint], weight, lora_a, lora_b, scale=scale, samples=samples, sample_step=step
+            number, norm = (
+                0,
+                kernel.guarded(
+                    [kept_norm, fingerprint], weight, lora_a, lora_b, scale=scale, samples=samples, sample_step=step
+                ),
             )
     else:
         with backend.no_autocast(weight):
-            norm = _compared(kept, weight, lora_a, lora_b, scale, step, given)
+            number, norm = _compared(kept, weight, lora_a, lora_b, scale, step, given)
     if _verifying.get():
         _verify(norm, weight, lora_a, lora_b, scale)
-    return norm
+    return number, norm
 
 
 @torch.library.custom_op("hylorada::kept_column_norm", mutates_args=("kept",))
 def _norm_op(
     kept: list[Tensor], weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, choice: str, step: int
 ) -> Tensor:
-    return _norm(kept, weight, lora_a, lora_b, scale, choice, step)
+    return _norm(kept, weight, lora_a, lora_b, scale, choice, step)[1]
 
 
 @_norm_op.register_fake
@@ -169,8 +176,8 @@ def _compared(
     lora_b: Tensor,
     scale: float,
     step: int,
-    given: Tensor | None,
-) -> Tensor:
+    given: tuple[int, Tensor] | None,
+) -> tuple[int, Tensor]:
     """The kept norm where A, B, s and the sampled weight are what they were; else a new one, kept with copies.
 
     The norms of the weight alone are kept too: of most new norms they are the half that has not changed.
@@ -178,10 +185,11 @@ def _compared(
     norm, base, kept_a, kept_b, kept_sample, kept_key = kept
     sample, key = sample_of(weight, step), [*weight_key(weight), _bits(scale)]
     with _lock:
-        is_same_weight = kept_key.tolist() == key and torch.equal(kept_sample, sample)
+        *known, number = kept_key.tolist()
+        is_same_weight = known == key and torch.equal(kept_sample, sample)
         # torch.equal calls two NaN different: a broken layer is computed anew each time, which is harmless
         if is_same_weight and torch.equal(kept_a, lora_a) and torch.equal(kept_b, lora_b):
-            return given if given is not None and torch.equal(given, norm) else norm.clone()
+            return given if given is not None and given[0] == number else (number, norm.clone())
         # an interrupt on the way leaves a key that fits nothing
         kept_key.zero_()
         fresh, fresh_base = eager.norm_and_base(
@@ -193,8 +201,9 @@ def _compared(
         if not is_same_weight:
             base.copy_(fresh_base)
             kept_sample.copy_(sample)
-        kept_key.copy_(torch.tensor(key))
-        return fresh
+        number = next(_numbers)
+        kept_key.copy_(torch.tensor([*key, number]))
+        return number, fresh
 
 
 def weight_key(weight: Tensor) -> list[int]:
@@ -218,8 +227,9 @@ def sample_step(weight: Tensor) -> int:
 
 def sample_of(weight: Tensor, step: int) -> Tensor:
     """Elements of the weight, spread evenly over its rows and columns; a view of one without gaps."""
-    rows = weight.detach() if weight.is_contiguous() else weight.detach().T
-    return rows.reshape(-1)[::step]
+    if weight.is_contiguous() or weight.T.is_contiguous():
+        return weight.as_strided((-(-weight.numel() // step),), (step,))
+    return weight.T.reshape(-1)[::step]
 
 
 def _verify(norm: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> None:

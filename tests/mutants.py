@@ -59,7 +59,7 @@ MUTANTS = [
         {
             "the rows left over are forgotten": ("whole == rows else", "whole else"),
             "groups of columns are not turned back": ("product.movedim(0, 1).reshape", "product.reshape"),
-            "a batch is not scaled": ("groups, factors, beta=0, alpha=scale", "groups, factors, beta=0"),
+            "a product is not scaled": ("thin, factor, beta=0, alpha=scale", "thin, factor, beta=0"),
             "nothing is taken in groups": ("BATCH_ELEMENTS = 1 << 19", "BATCH_ELEMENTS = 1 << 40"),
         },
     ),
@@ -115,7 +115,8 @@ MUTANTS = [
         {
             "B is not compared": (" and torch.equal(kept_b, lora_b)", ""),
             "the weight is not sampled": (" and torch.equal(kept_sample, sample)", ""),
-            "callers share a norm": ("else norm.clone()", "else norm"),
+            "callers share a norm": ("(number, norm.clone())", "(number, norm)"),
+            "the number of a norm is not compared": (" and given[0] == number", ""),
             "the scale is not in the key": ("_bits(scale)]", "0]"),
             "no norm is kept": ("kept_key.copy_(torch.tensor(key))", "pass"),
         },
@@ -124,10 +125,10 @@ MUTANTS = [
         "hylorada_kernels/gain_cache.py",
         f"{KERNEL_TESTS}/test_norm_cache.py -k 'not triton'",
         {
-            "the magnitude is not compared": ("made_from = [magnitude, blend]", "made_from = [blend]"),
-            "the blend is not compared": ("made_from = [magnitude, blend]", "made_from = [magnitude]"),
+            "the magnitude is not compared": ("kept.copies, (magnitude, blend)", "kept.copies[1:], (blend,)"),
+            "the blend is not compared": ("kept.copies, (magnitude, blend)", "kept.copies[:1], (magnitude,)"),
             "the norm is not compared": ("kept.norm is norm and ", ""),
-            "the scaled B is not compared": ("sample_step(weight)), lora_b]", "sample_step(weight))]"),
+            "the scaled weight is not asked for": (" and (kept.gain.scaled is not None) == scale_weight", ""),
         },
     ),
     *_of(

@@ -130,7 +130,9 @@ class FusedLinear(Linear):
                 self._hylorada_kept[operands.adapter] = NormCache(), GainCache()
             norms, gains = self._hylorada_kept[operands.adapter]
             norm = norms.norm(operands.weight, operands.lora_a, operands.lora_b, operands.scale)
-            kept_gain = gains.gain(operands.weight, operands.lora_b, operands.magnitude, None, norm)
+            kept_gain = gains.gain(
+                operands.weight, operands.lora_a, operands.lora_b, operands.magnitude, None, norm, scale=operands.scale
+            )
         return hybrid_linear(
             x,
             operands.weight,

@@ -301,7 +301,7 @@ class HyLoRADALinear(nn.Module, BaseTunerLayer):
         can_keep = not (config.dora_norm_grad or self._is_quantised or getattr(self, "_is_replica", False))
         if magnitude is not None and can_keep:
             norm = self._norms[name].norm(weight, a, b, config.scale)
-            kept_gain = self._gains[name].gain(weight, b, magnitude, blend, norm)
+            kept_gain = self._gains[name].gain(weight, a, b, magnitude, blend, norm, scale=config.scale)
         if not self._is_quantised:
             return hybrid_linear(
                 x,

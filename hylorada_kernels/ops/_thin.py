@@ -32,31 +32,27 @@ def project_down(wide: Tensor, factor: Tensor, *, batch_from: int = BATCH_ELEMEN
     return product if whole == rows else torch.cat([product, F.linear(wide[whole:], factor)])
 
 
-def project_up(thin: Tensor, factor: Tensor, scale: float) -> Tensor:
-    """scale * thin @ factor, rounded once: (T, R) and (R, N) -> (T, N)."""
+def project_up(thin: Tensor, factor: Tensor, scale: float = 1.0) -> Tensor:
+    """scale * thin @ factor, rounded once: (T, R) and (R, N) -> (T, N). A scale other than 1 costs a pass."""
     (rows, rank), columns = thin.shape, factor.shape[1]
+    if scale != 1:
+        return torch.addmm(thin.new_empty(()), thin, factor, beta=0, alpha=scale)
     if rows % GROUP or not _is_thin(thin, rank) or rows * columns < BATCH_ELEMENTS:
-        return _scaled(thin, factor, scale)
+        return torch.mm(thin, factor)
     groups = thin.unflatten(0, (-1, GROUP))
-    factors = factor.expand(len(groups), -1, -1)
-    return torch.baddbmm(thin.new_empty(1, 1, 1), groups, factors, beta=0, alpha=scale).flatten(0, 1)
+    return torch.bmm(groups, factor.expand(len(groups), -1, -1)).flatten(0, 1)
 
 
-def outer_sum(thin: Tensor, wide: Tensor, scale: float) -> Tensor:
-    """scale * thin.T @ wide, a sum of outer products of rows, rounded once: (T, R) and (T, K) -> (R, K), any layout."""
+def outer_sum(thin: Tensor, wide: Tensor) -> Tensor:
+    """thin.T @ wide, a sum of outer products of rows: (T, R) and (T, K) -> (R, K), any layout."""
     rank, columns = thin.shape[1], wide.shape[1]
     if _is_thin(wide, rank) and columns % GROUP == 0 and wide.numel() >= BATCH_ELEMENTS:
         groups = wide.unflatten(1, (-1, GROUP)).movedim(1, 0)
-        factors = thin.T.expand(len(groups), -1, -1)
-        product = torch.baddbmm(thin.new_empty(1, 1, 1), factors, groups, beta=0, alpha=scale)
+        product = torch.bmm(thin.T.expand(len(groups), -1, -1), groups)
         return product.movedim(0, 1).reshape(rank, columns)
     if wide.is_cpu and wide.dtype == torch.float32 and rank >= THIN_RANK:
-        return _scaled(wide.T, thin, scale).T
-    return _scaled(thin.T, wide, scale)
-
-
-def _scaled(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
+        return torch.mm(wide.T, thin).T
+    return torch.mm(thin.T, wide)
 
 
 def _is_thin(tensor: Tensor, rank: int) -> bool:

@@ -214,7 +214,10 @@ def kept_gain_of(given, *, scale_weight=True):
     norm = column_norm(given.weight, given.lora_a, given.lora_b, scale=given.scale)
     row_gain = eager.row_gain(given.magnitude, given.blend, norm)
     gain = eager.gain_of(row_gain, given.magnitude, given.blend, norm)
-    return eager.with_scaled_weight(gain, given.weight, given.lora_b) if scale_weight else gain
+    if not scale_weight:
+        return gain
+    gain = eager.with_factors(gain, given.lora_a, given.lora_b, given.scale, given.weight.dtype)
+    return eager.with_scaled_weight(gain, given.weight, given.lora_b, given.scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -15,10 +15,10 @@ from tests.kernels.parity import assert_parity
 
 # name: (text of the implementation, what stands there in the mutant)
 EAGER = {
-    "s is dropped": ("low = project_up(h, factor, scale)", "low = project_up(h, factor, 1.0)"),
-    "s is dropped in the backward": (
-        "dx = project_up(dh, lora_a.to(x.dtype), scale)",
-        "dx = dh @ lora_a.to(x.dtype)",
+    "s is dropped": ("torch.mul(lora_b.T, scale, out=up)", "up.copy_(lora_b.T)"),
+    "s is dropped in dB": (
+        "_factor_gradient(weighted_h, dz, scale, lora_b",
+        "_factor_gradient(weighted_h, dz, 1, lora_b",
     ),
     "g is dropped in dx": ("dx.addmm_(dz, wide_weight)", "dx.addmm_(dy, wide_weight)"),
     "g is dropped in dB": ("_factor_gradient(weighted_h, dz, scale", "_factor_gradient(weighted_h, dy, scale"),

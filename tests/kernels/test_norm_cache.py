@@ -209,6 +209,45 @@ def test_an_edit_in_the_open_that_misses_the_sample_is_noticed(backend):
         assert changed.nonzero().flatten().tolist() == missed
 
 
+def test_factors_that_change_and_leave_the_norm_as_it_is_are_not_kept():
+    layer, x = layer_and_input(torch.bfloat16)
+    with torch.no_grad():
+        layer.lora_b.zero_()
+        layer(x)
+        layer.lora_a.neg_()
+    with torch.inference_mode():
+        layer(x)
+    fresh = copy.deepcopy(layer)
+    for each in (layer, fresh):
+        each(x).sum().backward()
+    assert layer.lora_b.grad.abs().max() > 0 and torch.equal(layer.lora_b.grad, fresh.lora_b.grad)
+
+
+@pytest.mark.parametrize("keep_scaled_weight", [False, True])
+def test_what_is_kept_serves_autocast(keep_scaled_weight):
+    layer, x = layer_and_input(keep_scaled_weight=keep_scaled_weight)
+    plain = copy.deepcopy(layer)
+    plain.norm_grad, results = True, []
+    for each in (layer, plain):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = each(x)
+        y.float().square().sum().backward()
+        results.append([y, each.magnitude.grad, each.residual_weight.grad])
+    for kept, made_anew in zip(*results, strict=True):
+        assert kept.dtype == made_anew.dtype and relative_error(kept, made_anew.double()) < 2.0 ** (
+            -7 if keep_scaled_weight else -8
+        )
+
+
+def test_the_scaled_weight_is_made_when_it_is_asked_for(backend):
+    layer, x = layer_and_input()
+    layer(x)
+    layer.keep_scaled_weight = True
+    layer(x)
+    kept = layer._gains._kept
+    assert kept is None if backend == "triton" else kept.gain.scaled is not None
+
+
 def test_replicas_of_data_parallel_share_nothing_that_is_kept():
     layer, x = layer_and_input()
     expected = layer(x)
@@ -373,7 +412,8 @@ def test_verifying_catches_a_stale_norm():
     layer(x)
     with norm_cache.verifying():
         layer(x)
-        layer._norms._state[0][0].mul_(1.01)
+        kept = layer._norms._state[0][0] if layer._norms._given is None else layer._norms._given[1]
+        kept.mul_(1.01)
         with pytest.raises(RuntimeError, match=r"stale by 1\.0e-02.*call invalidate_norm"):
             layer(x)
     layer.invalidate_norm()

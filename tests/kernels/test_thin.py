@@ -33,10 +33,11 @@ def test_every_way_is_the_product(shape, rank, dtype, is_transposed):
     found = {
         "down": (_thin.project_down(wide, factor), exact_wide @ exact_factor.T),
         "down, in groups": (_thin.project_down(wide, factor, batch_from=0), exact_wide @ exact_factor.T),
-        "up": (_thin.project_up(thin, factor, 0.3), 0.3 * exact_thin @ exact_factor),
-        "outer": (_thin.outer_sum(thin, wide, 0.3), 0.3 * exact_thin.T @ exact_wide),
+        "up": (_thin.project_up(thin, factor), exact_thin @ exact_factor),
+        "up, scaled": (_thin.project_up(thin, factor, 0.3), 0.3 * exact_thin @ exact_factor),
+        "outer": (_thin.outer_sum(thin, wide), exact_thin.T @ exact_wide),
     }
-    lengths = {"up": rank, "outer": wide.shape[0]}
+    lengths = {"up": rank, "up, scaled": rank, "outer": wide.shape[0]}
     for name, (result, truth) in found.items():
         assert result.dtype == dtype, name
         length = lengths.get(name, wide.shape[1])
@@ -49,8 +50,8 @@ def test_every_way_is_the_product(shape, rank, dtype, is_transposed):
     ("call", "operation"),
     [
         (lambda wide, thin, factor: _thin.project_down(wide, factor), "aten::bmm"),
-        (lambda wide, thin, factor: _thin.project_up(thin, factor, 0.3), "aten::baddbmm"),
-        (lambda wide, thin, factor: _thin.outer_sum(thin, wide, 0.3), "aten::baddbmm"),
+        (lambda wide, thin, factor: _thin.project_up(thin, factor), "aten::bmm"),
+        (lambda wide, thin, factor: _thin.outer_sum(thin, wide), "aten::bmm"),
     ],
     ids=["down", "up", "outer"],
 )

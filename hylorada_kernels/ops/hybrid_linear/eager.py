@@ -4,10 +4,13 @@ The low-rank product is laid down first and the large GEMM adds onto it, so that
 dz = g dy the backward is LoRA's. A position scale of the whole output is applied to x or to the product, in which y is
 linear but for the bias, whichever is narrower; either way its gradient is a row sum of dx * x.
 
-What follows from m, blend and norm alone is a `Gain`, which a caller may keep. One with diag(g) W and diag(g) B in it
-spares the scaling of the product and of its gradient.
+What follows from m, blend, norm and the factors alone is a `Gain`, which a caller may keep. One with diag(g) W and
+diag(g) B in it spares the scaling of the product and of its gradient. Behind a large product, which empties the caches,
+each further call costs 10 to 40 us on the CPU, as much as the work of a small layer: calls are spared wherever it is
+exact.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -21,6 +24,17 @@ from ..column_norm import eager as column_norm
 SMALL_GAIN = 2.0**-6
 
 
+class Factors(NamedTuple):
+    """A and B as products of x's dtype take them: s h B^T is (h up) rest."""
+
+    # A (R, I)
+    down: Tensor
+    # s B^T (R, O), contiguous; B^T in fp16, whose range ends soon under a loss scale
+    up: Tensor
+    # what is left of s: 1.0, or s in fp16
+    rest: float
+
+
 class Gain(NamedTuple):
     """g of every row and its derivatives, (O,) each, in the norm's dtype."""
 
@@ -30,8 +44,19 @@ class Gain(NamedTuple):
     by_blend: Tensor | None
     # whether some |g| is below SMALL_GAIN, None: nobody has looked
     has_small: bool | None = None
-    # diag(g) W, (O, I), in W's layout, and diag(g) B, (O, R), both in W's dtype; or None
+    # in W's dtype; None: made from A and B again in every pass
+    factors: Factors | None = None
+    # diag(g) W, (O, I), in W's layout, and factors.up diag(g), both in W's dtype; or None
     scaled: tuple[Tensor, Tensor] | None = None
+
+    def to(self, dtype: torch.dtype) -> "Gain":
+        """The same for an x of this dtype."""
+        factors, scaled = self.factors, self.scaled
+        if factors is not None and factors.up.dtype != dtype:
+            factors = Factors(factors.down.to(dtype), factors.up.to(dtype), factors.rest)
+        if scaled is not None and scaled[1].dtype != dtype:
+            scaled = scaled[0].to(dtype), scaled[1].to(dtype)
+        return self._replace(factors=factors, scaled=scaled)
 
 
 def forward(
@@ -57,21 +82,22 @@ def forward(
     What is not needed, or was given, is empty. The kept product is z, or g z where a scaled weight made it, and is kept
     where the output is to be saved but has a bias. mask: what dropout keeps, (T, I) bool; None: all.
     """
-    nothing = x.new_empty(0)
+    nothing = _nothing(x)
     gain = own_norm = nothing
     if magnitude is not None:
         if norm is None:
             norm = own_norm = column_norm.forward(weight, lora_a, lora_b, scale=scale)
         gain = row_gain(magnitude, blend, norm) if kept_gain is None else kept_gain.gain
+    down, up, rest = _factors(lora_a, lora_b, scale, x.dtype, kept_gain)
     is_scaled = kept_gain is not None and kept_gain.scaled is not None
     if is_scaled:
-        weight, lora_b = kept_gain.scaled
+        weight, up = kept_gain.scaled
     p_input, p_delta = _split_token_scale(token_scale, token_scale_target)
     scales_product = _scales_product(weight, magnitude, bias)
     if p_input is not None and not scales_product:
         x = scale_rows(x, p_input)
-    h = project_down(_thinned(x, mask, dropout_p), lora_a.to(x.dtype))
-    product = _product(x, weight, h, lora_b, scale, p_delta, bias if magnitude is None else None)
+    h = project_down(_thinned(x, mask, dropout_p), down)
+    product = _product(x, weight, h, up, rest, p_delta, bias if magnitude is None else None)
     if p_input is not None and scales_product:
         # h is narrow, where a broadcast product is slow: the backward scales it
         product = scale_rows(product, p_input, in_place=True)
@@ -113,29 +139,44 @@ def backward(
     computed again.
     """
     need_x, need_a, need_b, need_m, need_blend, need_norm, need_bias, need_p = needs
-    nothing = x.new_empty(0)
+    nothing = _nothing(x)
     dx = da = db = dm = dblend = dnorm = dbias = dp = nothing
     p_input, p_delta = _split_token_scale(token_scale, token_scale_target)
     if p_input is not None and _scales_product(weight, magnitude, bias):
         h = scale_rows(h, p_input)
     dy = dy.contiguous()
+    down, up, rest = _factors(lora_a, lora_b, scale, x.dtype, kept_gain)
     is_scaled = kept_gain is not None and kept_gain.scaled is not None
-    if is_scaled:
-        dz, (wide_weight, factor) = dy, kept_gain.scaled
+    wide_weight, wide_up = kept_gain.scaled if is_scaled else (weight, up)
+    scaling = None if magnitude is None or is_scaled else gain
+    if need_m or need_blend or need_norm:
+        terms = gain_of(gain, magnitude, blend, norm) if kept_gain is None else kept_gain
+        dz, dg, column_sum = _gain_gradient(
+            dy, scaling, kept, x, weight, h, up, rest, p_input, p_delta, terms, bias, need_bias
+        )
+        product = dg * terms.by_magnitude
+        dm = _in_dtype(product, magnitude.dtype)
+        if need_blend:
+            dblend = _in_dtype(torch.dot(dg, terms.by_blend), blend.dtype).view(blend.shape)
+        if need_norm:
+            dnorm = (-product * magnitude / norm).masked_fill_(norm == 0, 0)
     else:
-        dz, wide_weight, factor = dy if magnitude is None else _scale_columns(dy, gain), weight, lora_b
+        dz, column_sum = dy if scaling is None else _scale_columns(dy, scaling), None
+    if need_bias:
+        dbias = (dy.sum(0) if column_sum is None else column_sum).to(bias.dtype)
 
     if need_x or need_a or need_p:
-        dh = project_down(dz, factor.to(x.dtype).T)
+        # times s, but for the rest
+        dh = project_down(dz, wide_up)
         if need_p and p_delta is not None:
-            dp = scale * (dh * h).sum(1, dtype=token_scale.dtype)
+            dp = rest * (dh * h).sum(1, dtype=token_scale.dtype)
         if p_delta is not None:
             dh = scale_rows(dh, p_delta)
         if need_a:
             scaled_dh = dh if p_input is None else scale_rows(dh, p_input)
-            da = _factor_gradient(scaled_dh, _thinned(x, mask, dropout_p), scale, lora_a.dtype).contiguous()
+            da = _factor_gradient(scaled_dh, _thinned(x, mask, dropout_p), rest, lora_a.dtype).contiguous()
         if need_x or (need_p and p_input is not None):
-            dx = project_up(dh, lora_a.to(x.dtype), scale)
+            dx = project_up(dh, down, rest)
             if mask is not None:
                 dx.mul_(mask).mul_(1 / (1 - dropout_p))
             dx.addmm_(dz, wide_weight)
@@ -148,17 +189,6 @@ def backward(
         db = _factor_gradient(weighted_h, dz, scale, lora_b.dtype).T.contiguous()
         if is_scaled:
             db *= gain[:, None]
-    if need_m or need_blend or need_norm:
-        terms = gain_of(gain, magnitude, blend, norm) if kept_gain is None else kept_gain
-        dg, dbias = _gain_gradient(dy, kept, x, weight, h, lora_b, scale, p_input, p_delta, terms, bias, need_bias)
-        product = dg * terms.by_magnitude
-        dm = product.to(magnitude.dtype)
-        if need_blend:
-            dblend = torch.dot(dg, terms.by_blend).to(blend.dtype).view(blend.shape)
-        if need_norm:
-            dnorm = (-product * magnitude / norm).masked_fill_(norm == 0, 0)
-    if need_bias:
-        dbias = (dbias if dbias.numel() else dy.sum(0)).to(bias.dtype)
     gradients = [dx, da, db, dm, dblend, dnorm, dbias, dp]
     return [gradient if needed else nothing for gradient, needed in zip(gradients, needs, strict=True)]
 
@@ -216,12 +246,18 @@ def scale_rows(z: Tensor, scales: Tensor, *, in_place: bool = False) -> Tensor:
     return _scale_channels(z.reshape(1, len(flat), z.shape[-1]), flat, None).view(z.shape)
 
 
-def with_scaled_weight(gain: Gain, weight: Tensor, lora_b: Tensor) -> Gain:
-    """The same with diag(g) W and diag(g) B, each rounded once."""
+def with_factors(gain: Gain, lora_a: Tensor, lora_b: Tensor, scale: float, dtype: torch.dtype) -> Gain:
+    """The same with the factors in this dtype, W's."""
+    return gain._replace(factors=_factors(lora_a, lora_b, scale, dtype))
+
+
+def with_scaled_weight(gain: Gain, weight: Tensor, lora_b: Tensor, scale: float) -> Gain:
+    """The same with diag(g) W and its part of B, each rounded once."""
     scaled = torch.empty_like(weight)
     for rows in column_norm.row_chunks(weight, gain.gain.dtype):
         scaled[rows] = weight[rows] * gain.gain[rows, None]
-    return gain._replace(scaled=(scaled, (lora_b * gain.gain[:, None]).to(weight.dtype)))
+    up, _ = _up(lora_b * gain.gain[:, None], scale, weight.dtype)
+    return gain._replace(scaled=(scaled, up))
 
 
 def _scales_product(weight: Tensor, magnitude: Tensor | None, bias: Tensor | None) -> bool:
@@ -232,39 +268,56 @@ def _scales_product(weight: Tensor, magnitude: Tensor | None, bias: Tensor | Non
     return weight.shape[0] <= weight.shape[1] and (magnitude is not None or bias is None)
 
 
+def _factors(
+    lora_a: Tensor, lora_b: Tensor, scale: float, dtype: torch.dtype, kept_gain: Gain | None = None
+) -> Factors:
+    if kept_gain is not None and kept_gain.factors is not None:
+        return kept_gain.factors
+    return Factors(lora_a.to(dtype), *_up(lora_b, scale, dtype))
+
+
+def _up(lora_b: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """Factors.up, and what is left of the scale. A product that scales on its way writes its result twice."""
+    up = lora_b.new_empty(lora_b.shape[::-1])
+    if dtype == torch.float16:
+        return up.copy_(lora_b.T).to(dtype), scale
+    return torch.mul(lora_b.T, scale, out=up).to(dtype), 1.0
+
+
 def _gain_gradient(
     dy: Tensor,
+    scaling: Tensor | None,
     kept: Tensor,
     x: Tensor,
     weight: Tensor,
     h: Tensor,
-    lora_b: Tensor,
-    scale: float,
+    up: Tensor,
+    rest: float,
     p_input: Tensor | None,
     p_delta: Tensor | None,
     terms: Gain,
     bias: Tensor | None,
     need_bias: bool,
-) -> tuple[Tensor, Tensor]:
-    """dg_j = sum_t dy_tj z_tj, and sum_t dy_tj, empty unless it was needed and came for free."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dz = scaling dy, dg_j = sum_t dy_tj z_tj, and sum_t dy_tj, None unless it was needed and came for free."""
     gain = terms.gain
     kept_is_scaled = kept.numel() > 0 and (bias is None or terms.scaled is not None)
 
     def product_of(rows: Tensor | slice) -> Tensor:
         scaled_x = x if p_input is None else scale_rows(x, p_input)
-        return _product(scaled_x, weight[rows], h, lora_b[rows], scale, p_delta)
+        return _product(scaled_x, weight[rows], h, up[:, rows], rest, p_delta)
 
     product = kept if kept.numel() else product_of(slice(None))
-    sums, dbias = _column_sums(dy, product, gain.dtype, need_bias)
+    dz, sums, column_sum = _scale_and_sum(dy, product, scaling, gain.dtype, need_bias)
     if not kept_is_scaled:
-        return sums, dbias
+        return dz, sums, column_sum
     dg = sums / gain
     if terms.has_small is False:
-        return dg, dbias
+        return dz, dg, column_sum
     small = gain.abs() < SMALL_GAIN
     if small.any():
-        dg[small] = _column_sums(dy[:, small], product_of(small), gain.dtype, False)[0]
-    return dg, dbias
+        dg[small] = _scale_and_sum(dy[:, small].contiguous(), product_of(small), None, gain.dtype, False)[1]
+    return dz, dg, column_sum
 
 
 def _thinned(x: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
@@ -275,24 +328,22 @@ def _product(
     x: Tensor,
     weight: Tensor,
     h: Tensor,
-    lora_b: Tensor,
-    scale: float,
+    up: Tensor,
+    rest: float,
     p_delta: Tensor | None,
     bias: Tensor | None = None,
 ) -> Tensor:
     """z = x W^T + s (p h) B^T (+ bias)."""
     if p_delta is not None:
         h = scale_rows(h, p_delta)
-    factor = lora_b.to(x.dtype).T
-    low = project_up(h, factor, scale) if bias is None else torch.addmm(bias, h, factor, alpha=scale)
+    low = project_up(h, up, rest) if bias is None else torch.addmm(bias, h, up, alpha=rest)
     return low.addmm_(x, weight.T)
 
 
 def _factor_gradient(thin: Tensor, wide: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """scale * thin.T @ wide in the factor's dtype. fp16 is scaled there: under a loss scale its range ends soon."""
-    if thin.dtype == torch.float16:
-        return outer_sum(thin, wide, 1.0).to(dtype).mul_(scale)
-    return outer_sum(thin, wide, scale).to(dtype)
+    """scale * thin.T @ wide in the factor's dtype."""
+    gradient = _in_dtype(outer_sum(thin, wide), dtype)
+    return gradient if scale == 1 else gradient.mul_(scale)
 
 
 def _split_token_scale(token_scale: Tensor | None, target: str) -> tuple[Tensor | None, Tensor | None]:
@@ -318,24 +369,44 @@ def _scale_channels(z: Tensor, scales: Tensor, shift: Tensor | None) -> Tensor:
     PyTorch multiplies bf16 by fp32 through fp32 copies (20x slower); an inference batch norm takes fp32 parameters in
     one pass.
     """
-    zeros = torch.zeros_like(scales)
+    zeros = _constant(0.0, scales.numel(), scales.dtype)
     return torch.native_batch_norm(z, scales, shift, zeros, zeros, False, 0.0, 1.0)[0]
 
 
-def _column_sums(dy: Tensor, z: Tensor, dtype: torch.dtype, need_plain: bool) -> tuple[Tensor, Tensor]:
-    """sum_t dy * z, and sum_t dy if that is needed, both (O,) in `dtype`, without a (T, O) temporary.
+def _scale_and_sum(
+    dy: Tensor, z: Tensor, scaling: Tensor | None, dtype: torch.dtype, need_plain: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dy * scaling rounded once, or dy; sum_t dy * z; sum_t dy if that is needed; the sums (O,) in `dtype`.
 
-    The parameter gradients of a layer norm or batch norm with mean 0 and variance 1 are just these sums. The layer
-    norm would add up 16-bit inputs in 16 bits (error 4e-2); the batch norm adds them in fp32.
+    No (T, O) temporary is made. The parameter gradients of a layer norm or batch norm with mean 0 and variance 1 are
+    just these sums. The layer norm would add up 16-bit inputs in 16 bits (error 4e-2); the batch norm adds them in
+    fp32, and its gradient of the input is the scaled dy, in the same call. In fp32 it is slow at many tokens.
     """
     if not dy.is_cpu or not dy.numel():
-        return (dy.to(dtype) * z).sum(0), dy.sum(0, dtype=dtype)
+        dz = dy if scaling is None else _scale_columns(dy, scaling)
+        return dz, (dy.to(dtype) * z).sum(0), dy.sum(0, dtype=dtype) if need_plain else None
     tokens, columns = dy.shape
-    dy, z = dy.contiguous(), z.contiguous()
-    zeros, mask = dy.new_zeros(columns, dtype=dtype), [False, True, need_plain]
+    z, zeros = z.contiguous(), _constant(0.0, columns, dtype)
     if dy.dtype == dtype:
-        mean, rstd = dy.new_zeros(tokens, 1), dy.new_ones(tokens, 1)
+        mean, rstd, mask = _constant(0.0, tokens, dtype), _constant(1.0, tokens, dtype), [False, True, need_plain]
         sums = torch.ops.aten.native_layer_norm_backward(dy, z, [columns], mean, rstd, zeros, zeros, mask)
-    else:
-        sums = torch.ops.aten.native_batch_norm_backward(dy, z, zeros, zeros, zeros, None, None, False, 1.0, mask)
-    return sums[1], sums[2] if need_plain else dy.new_empty(0)
+        return dy if scaling is None else dy * scaling, *sums[1:]
+    mask = [scaling is not None, True, need_plain]
+    weight = zeros if scaling is None else scaling
+    dz, *sums = torch.ops.aten.native_batch_norm_backward(dy, z, weight, zeros, zeros, None, None, False, 1.0, mask)
+    return dy if scaling is None else dz, *sums
+
+
+def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _nothing(x: Tensor) -> Tensor:
+    return _constant(0.0, 0, x.dtype) if x.is_cpu else x.new_empty(0)
+
+
+@functools.lru_cache(maxsize=64)
+def _constant(value: float, length: int, dtype: torch.dtype) -> Tensor:
+    """A vector on the CPU of one value, never to be written to. Making one costs more than reading it."""
+    with torch.inference_mode(False):
+        return torch.full((length,), value, dtype=dtype, device="cpu")

@@ -81,7 +81,7 @@ def hybrid_linear(
     if magnitude is not None and norm is None and (norm_grad or dtype not in (None, weight.dtype)):
         with torch.set_grad_enabled(norm_grad and torch.is_grad_enabled()):
             norm = column_norm(weight, lora_a, lora_b, scale=scale)
-    elif norm is not None and not norm_grad:
+    elif norm is not None and norm.requires_grad and not norm_grad:
         norm = norm.detach()
     if dtype is not None:
         x, weight = x.to(dtype), weight.to(dtype)
@@ -89,20 +89,20 @@ def hybrid_linear(
     if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
         given = f"x is {x.dtype}, weight {weight.dtype}" + ("" if bias is None else f", bias {bias.dtype}")
         raise TypeError(f"x, weight and bias must have one dtype, got: {given}; cast x, or use torch.autocast")
-    if norm is not None:
-        norm = norm.to(eager.column_norm.accumulation_dtype(x))
+    own = eager.column_norm.accumulation_dtype(x)
+    if norm is not None and norm.dtype != own:
+        norm = norm.to(own)
     # the kernels walk along vectors with a step of one
     magnitude, norm, bias = (None if tensor is None else tensor.contiguous() for tensor in (magnitude, norm, bias))
     choice = backend.choose(x)
     if choice != "eager" or not backend.runs_directly(x, choice):
         kept_gain = None
-    elif kept_gain is not None and kept_gain.scaled is not None:
-        # autocast has cast the weight
-        scaled_weight, scaled_b = kept_gain.scaled
-        kept_gain = kept_gain._replace(scaled=(scaled_weight.to(weight.dtype), scaled_b))
+    elif dtype is not None and kept_gain is not None:
+        kept_gain = kept_gain.to(dtype)
     # flattened outside of the function: autograd forbids in-place edits of a function's output that is a view
     leading = x.shape[:-1]
-    x = x.reshape(math.prod(leading), x.shape[-1])
+    if len(leading) != 1:
+        x = x.reshape(math.prod(leading), x.shape[-1])
     y = _HybridLinear.apply(
         x, weight, lora_a, lora_b, magnitude, blend, norm, bias,
         None if token_scale is None else token_scale.reshape(-1).contiguous(), _drawn(x, dropout_p, choice),
@@ -174,16 +174,17 @@ def _check_gain(weight: Tensor, magnitude: Tensor | None, blend: Tensor | None, 
 
 
 def _check_tensors(weight: Tensor, *given: tuple[str, Tensor | None, tuple]) -> None:
+    device = weight.device
     for name, tensor, shapes in given:
         if tensor is None:
             continue
-        if tuple(tensor.shape) not in [tuple(shape) for shape in shapes]:
+        if tensor.shape not in shapes:
             allowed = " or ".join(str(tuple(shape)) for shape in shapes)
             raise ValueError(f"{name} must have shape {allowed}, got {tuple(tensor.shape)}")
         if not tensor.dtype.is_floating_point:
             raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
-        if tensor.device != weight.device:
-            raise ValueError(f"{name} is on {tensor.device} but weight is on {weight.device}; move them to one device")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device} but weight is on {device}; move them to one device")
 
 
 def _drawn(x: Tensor, dropout_p: float, choice: str) -> Tensor | None:
