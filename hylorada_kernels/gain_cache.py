@@ -63,10 +63,11 @@ class GainCache:
             self._kept = kept = None
             with backend.no_autocast(weight):
                 gain = eager.gain_of(eager.row_gain(magnitude, blend, norm), magnitude, blend, norm)
-                gain = gain._replace(has_small=bool((gain.gain.abs() < eager.SMALL_GAIN).any()))
-                gain = eager.with_factors(gain, lora_a, lora_b, scale, weight.dtype)
+                gain = gain._replace(has_small=_has_small(gain.gain))
                 if scale_weight:
-                    gain = eager.with_scaled_weight(gain, weight, lora_b, scale)
+                    gain = eager.with_scaled_weight(gain, weight, lora_a, lora_b, scale)
+                else:
+                    gain = eager.with_factors(gain, lora_a, lora_b, scale, weight.dtype)
             copies = [None if tensor is None else tensor.clone() for tensor in (magnitude, blend)]
             self._kept = _Kept(gain, norm, copies)
             return gain
@@ -77,6 +78,10 @@ class GainCache:
 
     def __getstate__(self) -> dict:
         return {"_kept": None}
+
+
+def _has_small(gain: Tensor) -> bool:
+    return gain.numel() > 0 and torch.linalg.vector_norm(gain, -torch.inf).item() < eager.SMALL_GAIN
 
 
 def _is_equal(kept: Tensor | None, given: Tensor | None) -> bool:

@@ -223,6 +223,17 @@ def test_factors_that_change_and_leave_the_norm_as_it_is_are_not_kept():
     assert layer.lora_b.grad.abs().max() > 0 and torch.equal(layer.lora_b.grad, fresh.lora_b.grad)
 
 
+def test_a_parameter_that_was_replaced_by_its_equal_is_forgotten():
+    layer, x = layer_and_input()
+    layer(x)
+    replaced = layer.lora_a
+    layer.lora_a = nn.Parameter(replaced.detach().clone())
+    expected = layer(x).detach()
+    with torch.no_grad():
+        replaced.mul_(2)
+    assert torch.equal(layer(x), expected)
+
+
 @pytest.mark.parametrize("keep_scaled_weight", [False, True])
 def test_what_is_kept_serves_autocast(keep_scaled_weight):
     layer, x = layer_and_input(keep_scaled_weight=keep_scaled_weight)

@@ -24,17 +24,6 @@ from ..column_norm import eager as column_norm
 SMALL_GAIN = 2.0**-6
 
 
-class Factors(NamedTuple):
-    """A and B as products of x's dtype take them: s h B^T is (h up) rest."""
-
-    # A (R, I)
-    down: Tensor
-    # s B^T (R, O), contiguous; B^T in fp16, whose range ends soon under a loss scale
-    up: Tensor
-    # what is left of s: 1.0, or s in fp16
-    rest: float
-
-
 class Gain(NamedTuple):
     """g of every row and its derivatives, (O,) each, in the norm's dtype."""
 
@@ -44,18 +33,18 @@ class Gain(NamedTuple):
     by_blend: Tensor | None
     # whether some |g| is below SMALL_GAIN, None: nobody has looked
     has_small: bool | None = None
-    # in W's dtype; None: made from A and B again in every pass
-    factors: Factors | None = None
-    # diag(g) W, (O, I), in W's layout, and factors.up diag(g), both in W's dtype; or None
+    # in W's dtype; `down` is None where A has it, and may be another tensor by now; None: made again in every pass
+    factors: tuple[Tensor | None, Tensor, float] | None = None
+    # with factors only: diag(g) W, (O, I), in W's layout, and up diag(g), both in W's dtype
     scaled: tuple[Tensor, Tensor] | None = None
 
     def to(self, dtype: torch.dtype) -> "Gain":
         """The same for an x of this dtype."""
-        factors, scaled = self.factors, self.scaled
-        if factors is not None and factors.up.dtype != dtype:
-            factors = Factors(factors.down.to(dtype), factors.up.to(dtype), factors.rest)
-        if scaled is not None and scaled[1].dtype != dtype:
-            scaled = scaled[0].to(dtype), scaled[1].to(dtype)
+        factors = self.factors
+        if factors is not None:
+            down, up, rest = factors
+            factors = None if down is None else down.to(dtype), up.to(dtype), rest
+        scaled = None if self.scaled is None else (self.scaled[0].to(dtype), self.scaled[1].to(dtype))
         return self._replace(factors=factors, scaled=scaled)
 
 
@@ -248,16 +237,17 @@ def scale_rows(z: Tensor, scales: Tensor, *, in_place: bool = False) -> Tensor:
 
 def with_factors(gain: Gain, lora_a: Tensor, lora_b: Tensor, scale: float, dtype: torch.dtype) -> Gain:
     """The same with the factors in this dtype, W's."""
-    return gain._replace(factors=_factors(lora_a, lora_b, scale, dtype))
+    down = None if lora_a.dtype == dtype else lora_a.to(dtype)
+    return gain._replace(factors=(down, *_up(lora_b, scale, dtype)))
 
 
-def with_scaled_weight(gain: Gain, weight: Tensor, lora_b: Tensor, scale: float) -> Gain:
-    """The same with diag(g) W and its part of B, each rounded once."""
+def with_scaled_weight(gain: Gain, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Gain:
+    """The same with the factors, diag(g) W and its part of B, each rounded once."""
     scaled = torch.empty_like(weight)
     for rows in column_norm.row_chunks(weight, gain.gain.dtype):
         scaled[rows] = weight[rows] * gain.gain[rows, None]
     up, _ = _up(lora_b * gain.gain[:, None], scale, weight.dtype)
-    return gain._replace(scaled=(scaled, up))
+    return with_factors(gain, lora_a, lora_b, scale, weight.dtype)._replace(scaled=(scaled, up))
 
 
 def _scales_product(weight: Tensor, magnitude: Tensor | None, bias: Tensor | None) -> bool:
@@ -269,19 +259,24 @@ def _scales_product(weight: Tensor, magnitude: Tensor | None, bias: Tensor | Non
 
 
 def _factors(
-    lora_a: Tensor, lora_b: Tensor, scale: float, dtype: torch.dtype, kept_gain: Gain | None = None
-) -> Factors:
-    if kept_gain is not None and kept_gain.factors is not None:
-        return kept_gain.factors
-    return Factors(lora_a.to(dtype), *_up(lora_b, scale, dtype))
+    lora_a: Tensor, lora_b: Tensor, scale: float, dtype: torch.dtype, kept_gain: Gain | None
+) -> tuple[Tensor, Tensor, float]:
+    """down: A (R, I); up: s B^T (R, O), contiguous; what is left of s: with it, s h B^T is (h up) rest.
+
+    A product that scales on its way writes its result twice. In fp16, whose range ends soon under a loss scale, nothing
+    of s is in `up`.
+    """
+    if kept_gain is None or kept_gain.factors is None:
+        return lora_a.to(dtype), *_up(lora_b, scale, dtype)
+    down, up, rest = kept_gain.factors
+    return lora_a.to(dtype) if down is None else down, up, rest
 
 
 def _up(lora_b: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """Factors.up, and what is left of the scale. A product that scales on its way writes its result twice."""
-    up = lora_b.new_empty(lora_b.shape[::-1])
     if dtype == torch.float16:
-        return up.copy_(lora_b.T).to(dtype), scale
-    return torch.mul(lora_b.T, scale, out=up).to(dtype), 1.0
+        return lora_b.T.to(dtype).contiguous(), scale
+    wide = _in_dtype(lora_b, torch.promote_types(torch.promote_types(lora_b.dtype, dtype), torch.float32))
+    return torch.mul(wide.T, scale, out=wide.new_empty(wide.shape[::-1], dtype=dtype)), 1.0
 
 
 def _gain_gradient(
