@@ -117,6 +117,8 @@ class FusedLinear(Linear):
     """PEFT's lora.Linear with another forward. `accelerate` turns layers into it; it is never constructed."""
 
     _hylorada_kept: dict[str, tuple[NormCache, GainCache]]
+    # nn.DataParallel sets it: its replicas run in threads and share what a layer keeps
+    _is_replica = False
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x: (..., I) -> (..., O). See `accelerate`."""
@@ -124,8 +126,7 @@ class FusedLinear(Linear):
         if args or kwargs or isinstance(operands, str) or not _fits(x, operands.weight):
             return super().forward(x, *args, **kwargs)
         norm = kept_gain = None
-        # nn.DataParallel's replicas run in threads and share what a layer keeps
-        if operands.magnitude is not None and not getattr(self, "_is_replica", False):
+        if operands.magnitude is not None and not self._is_replica:
             if operands.adapter not in self._hylorada_kept:
                 self._hylorada_kept[operands.adapter] = NormCache(), GainCache()
             norms, gains = self._hylorada_kept[operands.adapter]

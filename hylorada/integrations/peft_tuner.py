@@ -170,6 +170,8 @@ class HyLoRADALinear(nn.Module, BaseTunerLayer):
         "hylorada_lora_magnitude_vector_blend",
     )
     other_param_names = ("configs", "_norms", "_gains")
+    # nn.DataParallel sets it: its replicas run in threads and share what a layer keeps
+    _is_replica = False
     base_layer: Any
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: HyLoRADAPeftConfig):
@@ -297,8 +299,7 @@ class HyLoRADALinear(nn.Module, BaseTunerLayer):
         a, b, magnitude, blend, config = self._operands(name)
         weight, norm, kept_gain = self._weight(), None, None
         dropout_p = config.lora_dropout if self.training else 0.0
-        # nn.DataParallel's replicas run in threads and share what a layer keeps
-        can_keep = not (config.dora_norm_grad or self._is_quantised or getattr(self, "_is_replica", False))
+        can_keep = not (config.dora_norm_grad or self._is_quantised or self._is_replica)
         if magnitude is not None and can_keep:
             norm = self._norms[name].norm(weight, a, b, config.scale)
             kept_gain = self._gains[name].gain(weight, a, b, magnitude, blend, norm, scale=config.scale)

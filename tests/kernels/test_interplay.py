@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from hylorada_kernels import HybridLinear, column_norm, column_norms, hybrid_linear, using
 from hylorada_kernels import backend as dispatch
+from hylorada_kernels.ops.hybrid_linear import eager
 from hylorada_kernels.ops.shifted_attention import shifted_attention
 from hylorada_kernels.testing import interpret, interpreter, linear_inputs
 
@@ -96,7 +97,7 @@ def test_every_registered_op_keeps_its_contract(backend, monkeypatch):
         torch.library.opcheck(function, arguments)
 
 
-@pytest.mark.skipif(not dispatch.HAS_TRITON or not interpreter.supported(), reason=interpreter.requires_interpreter)
+@pytest.mark.skipif(not interpreter.supported(), reason=interpreter.requires_interpreter)
 def test_every_kernel_is_launched_with_its_tensors_gpu_as_the_current_one(monkeypatch):
     interpret()
     guarded = []
@@ -115,6 +116,23 @@ def test_every_kernel_is_launched_with_its_tensors_gpu_as_the_current_one(monkey
         column_norms([layer.weight], [layer.lora_a], [layer.lora_b], scales=[0.5])
     assert {"one_pass_kernel", "backward_dx_kernel", "fingerprint_kernel", "merge_kernel"} < set(launched)
     assert sorted(guarded) == sorted(launched)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nothing_that_fake_tensors_went_through_is_left_of_them(dtype):
+    x, weight, norm, lora_a, lora_b = (torch.ones(shape) for shape in ((3, 70), (71, 70), (71,), (2, 70), (71, 2)))
+    magnitude = torch.ones(71, requires_grad=True)
+
+    def y():
+        return hybrid_linear(
+            x.to(dtype), weight.to(dtype), lora_a, lora_b, magnitude, scale=0.5, norm=norm, save_output=True
+        )
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(y(), FakeTensor)
+    y().sum().backward()
+    kept = [*eager._constants.values(), magnitude.grad]
+    assert len(kept) > 1 and all(type(tensor) is torch.Tensor for tensor in kept)
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)

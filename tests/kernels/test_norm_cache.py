@@ -245,9 +245,17 @@ def test_what_is_kept_serves_autocast(keep_scaled_weight):
         y.float().square().sum().backward()
         results.append([y, each.magnitude.grad, each.residual_weight.grad])
     for kept, made_anew in zip(*results, strict=True):
-        assert kept.dtype == made_anew.dtype and relative_error(kept, made_anew.double()) < 2.0 ** (
-            -7 if keep_scaled_weight else -8
-        )
+        assert kept.dtype == made_anew.dtype
+        assert relative_error(kept, made_anew.double()) < (2.0**-7 if keep_scaled_weight else 2.0**-8)
+
+
+def test_a_gain_of_zero_is_seen_where_the_gain_is_kept():
+    layer, x = layer_and_input(use_blend=False)
+    with torch.no_grad():
+        layer.magnitude[3] = 0.0
+    layer(x).sum().backward()
+    z = x @ (layer.weight + layer.scale * layer.lora_b @ layer.lora_a)[3].detach()
+    assert layer.magnitude.grad[3].item() == pytest.approx((z.sum() / layer._norm()[3]).item(), rel=1e-4)
 
 
 def test_the_scaled_weight_is_made_when_it_is_asked_for(backend):

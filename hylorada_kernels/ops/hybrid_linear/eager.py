@@ -6,11 +6,9 @@ linear but for the bias, whichever is narrower; either way its gradient is a row
 
 What follows from m, blend, norm and the factors alone is a `Gain`, which a caller may keep. One with diag(g) W and
 diag(g) B in it spares the scaling of the product and of its gradient. Behind a large product, which empties the caches,
-each further call costs 10 to 40 us on the CPU, as much as the work of a small layer: calls are spared wherever it is
-exact.
+each further call costs as much on the CPU as the work of a small layer: calls are spared wherever it is exact.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -22,6 +20,8 @@ from ..column_norm import eager as column_norm
 
 # below this gain the product z = y / g has lost its digits: it is computed again for those columns
 SMALL_GAIN = 2.0**-6
+MOST_CONSTANTS = 64
+_constants: dict[tuple[float, int, torch.dtype], Tensor] = {}
 
 
 class Gain(NamedTuple):
@@ -267,9 +267,9 @@ def _factors(
     of s is in `up`.
     """
     if kept_gain is None or kept_gain.factors is None:
-        return lora_a.to(dtype), *_up(lora_b, scale, dtype)
+        return _in_dtype(lora_a, dtype), *_up(lora_b, scale, dtype)
     down, up, rest = kept_gain.factors
-    return lora_a.to(dtype) if down is None else down, up, rest
+    return _in_dtype(lora_a, dtype) if down is None else down, up, rest
 
 
 def _up(lora_b: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, float]:
@@ -400,8 +400,16 @@ def _nothing(x: Tensor) -> Tensor:
     return _constant(0.0, 0, x.dtype) if x.is_cpu else x.new_empty(0)
 
 
-@functools.lru_cache(maxsize=64)
 def _constant(value: float, length: int, dtype: torch.dtype) -> Tensor:
     """A vector on the CPU of one value, never to be written to. Making one costs more than reading it."""
-    with torch.inference_mode(False):
-        return torch.full((length,), value, dtype=dtype, device="cpu")
+    key = value, length, dtype
+    constant = _constants.get(key)
+    if constant is None:
+        with torch.inference_mode(False):
+            constant = torch.full((length,), value, dtype=dtype, device="cpu")
+        # a mode, of fake tensors for one, makes tensors that are of no use after it
+        if type(constant) is Tensor:
+            if len(_constants) >= MOST_CONSTANTS:
+                _constants.clear()
+            _constants[key] = constant
+    return constant
