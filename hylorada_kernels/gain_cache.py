@@ -81,7 +81,8 @@ class GainCache:
 
 
 def _has_small(gain: Tensor) -> bool:
-    return gain.numel() > 0 and torch.linalg.vector_norm(gain, -torch.inf).item() < eager.SMALL_GAIN
+    """Also where one is NaN, which hides the others."""
+    return gain.numel() > 0 and not torch.linalg.vector_norm(gain, -torch.inf).item() >= eager.SMALL_GAIN
 
 
 def _is_equal(kept: Tensor | None, given: Tensor | None) -> bool:

@@ -249,10 +249,12 @@ def test_what_is_kept_serves_autocast(keep_scaled_weight):
         assert relative_error(kept, made_anew.double()) < (2.0**-7 if keep_scaled_weight else 2.0**-8)
 
 
-def test_a_gain_of_zero_is_seen_where_the_gain_is_kept():
+@pytest.mark.parametrize("other", [1.0, torch.nan])
+def test_a_gain_of_zero_is_seen_where_the_gain_is_kept(other):
     layer, x = layer_and_input(use_blend=False)
     with torch.no_grad():
         layer.magnitude[3] = 0.0
+        layer.magnitude[5] = other
     layer(x).sum().backward()
     z = x @ (layer.weight + layer.scale * layer.lora_b @ layer.lora_a)[3].detach()
     assert layer.magnitude.grad[3].item() == pytest.approx((z.sum() / layer._norm()[3]).item(), rel=1e-4)
