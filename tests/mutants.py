@@ -118,7 +118,15 @@ MUTANTS = [
             "callers share a norm": ("(number, norm.clone())", "(number, norm)"),
             "the number of a norm is not compared": (" and given[0] == number", ""),
             "the scale is not in the key": ("_bits(scale)]", "0]"),
-            "no norm is kept": ("kept_key.copy_(torch.tensor(key))", "pass"),
+            "no norm is kept": ("kept_key.copy_(torch.tensor([*key, number]))", "pass"),
+        },
+    ),
+    *_of(
+        "hylorada_kernels/norm_cache.py",
+        f"{KERNEL_TESTS}/test_norm_cache.py -k triton",
+        {
+            "no norm is kept in Triton": ("kept_key.copy_(torch.tensor(key))", "pass"),
+            "another weight is not noticed in Triton": ("        fingerprint.zero_()\n", ""),
         },
     ),
     *_of(
