@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hylorada_kernels.nn import HybridLinear
+from hylorada_kernels.nn import HybridLinear, refresh
 
 from . import hub, storage
 from .components import COMPONENTS, BaseComponent, Component, groups_of
@@ -130,6 +130,7 @@ class HyLoRADAModel(nn.Module):
         if self.training and hasattr(self.config, "use_cache"):
             # checkpointed layers drop the cache, and beside one transformers does not see packed documents
             kwargs.setdefault("use_cache", False)
+        refresh(self.base_model)
         return self.base_model(**kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

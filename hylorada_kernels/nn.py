@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .gain_cache import GainCache
-from .norm_cache import NormCache
+from . import layer_cache
+from .layer_cache import LayerCache, Operands
 from .ops.hybrid_linear.eager import scale_rows
 from .ops.hybrid_linear.op import TOKEN_SCALE_TARGETS, adapted_weight, hybrid_linear
 from .ops.shifted_attention.op import shifted_attention
@@ -66,9 +66,8 @@ class HybridLinear(nn.Module):
         self.merged = False
         self._original_weight: Tensor | None = None
         self._linear_class = type(linear)
-        self._norms = NormCache()
+        self._cache = LayerCache()
         self.keep_scaled_weight = keep_scaled_weight and use_magnitude
-        self._gains = GainCache()
 
         own = {"device": self.weight.device, "dtype": torch.promote_types(self.weight.dtype, torch.float32)}
         self.lora_a = nn.Parameter(torch.empty(rank, self.in_features, **own))
@@ -127,29 +126,15 @@ class HybridLinear(nn.Module):
         """x: (..., I) in weight's dtype; token_scale: x.shape[:-1] or None. -> (..., O)."""
         if self.merged:
             return self._merged_forward(x, token_scale)
-        # each access runs a search in Python
-        weight, lora_a, lora_b = self._base(), self.lora_a, self.lora_b
-        magnitude, blend = self.magnitude, self.residual_weight
-        norm = kept_gain = None
-        if magnitude is not None and not self.norm_grad and not self._is_replica:
-            norm = self._norms.norm(weight, lora_a, lora_b, self.scale)
-            kept_gain = self._gains.gain(
-                weight,
-                lora_a,
-                lora_b,
-                magnitude,
-                blend,
-                norm,
-                scale=self.scale,
-                scale_weight=self.keep_scaled_weight,
-            )
+        operands = self._operands()
+        norm, kept_gain = self._cache.norm_and_gain(operands) if self._keeps() else (None, None)
         return hybrid_linear(
             x,
-            weight,
-            lora_a,
-            lora_b,
-            magnitude,
-            blend,
+            operands.weight,
+            operands.lora_a,
+            operands.lora_b,
+            operands.magnitude,
+            operands.blend,
             scale=self.scale,
             bias=self.bias,
             norm=norm,
@@ -196,8 +181,7 @@ class HybridLinear(nn.Module):
 
     def invalidate_norm(self) -> None:
         """Forget what is kept of the weight, its norm above all; see `norm_cache` for when that is needed."""
-        self._norms.invalidate()
-        self._gains.invalidate()
+        self._cache.invalidate()
 
     def to_linear(self) -> nn.Module:
         """A plain layer of the original's class that shares the weight and bias as they are now, merged or not."""
@@ -220,8 +204,23 @@ class HybridLinear(nn.Module):
         weight = self.weight
         return weight.T if self.weight_is_transposed else weight
 
+    def _operands(self) -> Operands:
+        return Operands(
+            self._base(),
+            self.lora_a,
+            self.lora_b,
+            self.magnitude,
+            self.residual_weight,
+            self.scale,
+            self.keep_scaled_weight,
+        )
+
+    def _keeps(self) -> bool:
+        """Whether the norm is kept from forward to forward."""
+        return not (self.norm_grad or self.merged or self._is_replica)
+
     def _norm(self) -> Tensor:
-        return self._norms.norm(self._base(), self.lora_a, self.lora_b, self.scale)
+        return self._cache.norms.norm(self._base(), self.lora_a, self.lora_b, self.scale)
 
     def _merged_forward(self, x: Tensor, token_scale: Tensor | None) -> Tensor:
         if token_scale is None:
@@ -232,6 +231,19 @@ class HybridLinear(nn.Module):
             )
         y = scale_rows(F.linear(x, self._base()), token_scale)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+def refresh(model: nn.Module) -> None:
+    """Make anew in one go what the HybridLinears of a model keep, where the first one's has become stale.
+
+    Worth a call before the forward that follows an optimizer step on a CPU, where small layers make it in less time
+    together than one by one between their products. It changes no bit of a result: each layer looks at its own tensors
+    in its forward, as always, and makes there what is not up to date. On a GPU it does nothing. `HyLoRADAModel` and
+    PEFT models that HyLoRADA accelerates call it by themselves.
+    """
+    if not torch.compiler.is_compiling():
+        layers = (module for module in model.modules() if isinstance(module, HybridLinear))
+        layer_cache.refresh((layer._cache, layer._operands()) for layer in layers if layer._keeps())
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -11,9 +11,10 @@ import itertools
 import math
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,16 +68,7 @@ class NormCache:
             choice = backend.choose(weight)
             if not _can_keep(weight, lora_a, lora_b, choice):
                 return column_norm(weight, lora_a, lora_b, scale=scale)
-            layout = (
-                choice, weight.device, weight.dtype, weight.shape, lora_a.dtype, lora_a.shape, lora_b.dtype,
-                lora_b.shape,
-            )  # fmt: skip
-            # one assignment: another thread sees the old state or the new one
-            kept, kept_layout, step = self._state
-            if not kept or kept_layout != layout:
-                step = sample_step(weight)
-                kept = _new_state(weight, lora_a, lora_b, choice, step)
-                self._state = kept, layout, step
+            kept, step = self._kept(weight, lora_a, lora_b, choice)
             arguments = (kept, weight, lora_a, lora_b, scale, choice, step)
             if not backend.runs_directly(weight, choice):
                 return _norm_op(*arguments)
@@ -92,9 +84,72 @@ class NormCache:
         if kept:
             kept[-1].zero_()
 
+    def _kept(self, weight: Tensor, lora_a: Tensor, lora_b: Tensor, choice: str) -> tuple[list[Tensor], int]:
+        """What is kept for tensors of this layout, and the distance between two samples."""
+        layout = (
+            choice, weight.device, weight.dtype, weight.shape, lora_a.dtype, lora_a.shape, lora_b.dtype, lora_b.shape,
+        )  # fmt: skip
+        # one assignment: another thread sees the old state or the new one
+        kept, kept_layout, step = self._state
+        if not kept or kept_layout != layout:
+            step = sample_step(weight)
+            kept = _new_state(weight, lora_a, lora_b, choice, step)
+            self._state = kept, layout, step
+        return kept, step
+
     def __getstate__(self) -> dict:
         # another process must not write into what is kept here
         return {"_state": ([], (), 1), "_given": None}
+
+
+def refresh(layers: Iterable[tuple[NormCache, eager.Layer]]) -> dict[int, Tensor]:
+    """Make the stale norms of several layers anew together, on the CPU. -> the new ones by their place.
+
+    Nothing is done where the first layer's norm still holds, or where it is not one that the eager path keeps; then no
+    other is looked at. A norm has the bits that `NormCache.norm` would have made, and is what that gives from now on.
+    """
+    stale: list[_Stale] = []
+    groups: dict[torch.dtype, list[_Stale]] = {}
+    with torch.no_grad(), _lock:
+        for place, (cache, layer) in enumerate(layers):
+            if _keeps_directly(layer):
+                kept, step = cache._kept(layer.weight, layer.lora_a, layer.lora_b, "eager")
+                found = _look(kept, layer.weight, layer.lora_a, layer.lora_b, layer.scale, step)
+                if not found.is_current:
+                    stale.append(_Stale(place, cache, layer._replace(base=found.base), kept, found))
+            if not stale:
+                break
+        for entry in stale:
+            # an interrupt on the way leaves keys that fit nothing
+            entry.kept[-1].zero_()
+            groups.setdefault(eager.accumulation_dtype(entry.layer.weight), []).append(entry)
+        for group in groups.values():
+            with backend.no_autocast(group[0].layer.weight):
+                made = eager.norms_and_bases([entry.layer for entry in group])
+            for (_, cache, layer, kept, found), (norm, base) in zip(group, made, strict=True):
+                cache._given = _keep(kept, found, layer.lora_a, layer.lora_b, norm, base), norm
+        return {entry.place: entry.cache._given[1] for entry in stale}
+
+
+class _Stale(NamedTuple):
+    place: int
+    cache: NormCache
+    layer: eager.Layer
+    kept: list[Tensor]
+    found: "_Found"
+
+
+def _keeps_directly(layer: eager.Layer) -> bool:
+    """Whether the eager path keeps the norm of these tensors, which are whole: a sharded layer's may be empty."""
+    weight, lora_a, lora_b, *_ = layer
+    is_whole = weight.dim() == 2 and (weight.shape[1], weight.shape[0]) == (lora_a.shape[-1], lora_b.shape[0])
+    return (
+        is_whole
+        and weight.is_cpu
+        and backend.choose(weight) == "eager"
+        and _can_keep(weight, lora_a, lora_b, "eager")
+        and not torch.is_inference_mode_enabled()
+    )
 
 
 def _can_keep(weight: Tensor, lora_a: Tensor, lora_b: Tensor, choice: str) -> bool:
@@ -182,28 +237,50 @@ def _compared(
 
     The norms of the weight alone are kept too: of most new norms they are the half that has not changed.
     """
-    norm, base, kept_a, kept_b, kept_sample, kept_key = kept
-    sample, key = sample_of(weight, step), [*weight_key(weight), _bits(scale)]
     with _lock:
-        *known, number = kept_key.tolist()
-        is_same_weight = known == key and torch.equal(kept_sample, sample)
-        # torch.equal calls two NaN different: a broken layer is computed anew each time, which is harmless
-        if is_same_weight and torch.equal(kept_a, lora_a) and torch.equal(kept_b, lora_b):
-            return given if given is not None and given[0] == number else (number, norm.clone())
+        found = _look(kept, weight, lora_a, lora_b, scale, step)
+        if found.is_current:
+            return given if given is not None and given[0] == found.number else (found.number, kept[0].clone())
         # an interrupt on the way leaves a key that fits nothing
-        kept_key.zero_()
-        fresh, fresh_base = eager.norm_and_base(
-            weight.detach(), lora_a, lora_b, scale=scale, base=base if is_same_weight else None
-        )
-        norm.copy_(fresh)
-        kept_a.copy_(lora_a)
-        kept_b.copy_(lora_b)
-        if not is_same_weight:
-            base.copy_(fresh_base)
-            kept_sample.copy_(sample)
-        number = next(_numbers)
-        kept_key.copy_(torch.tensor([*key, number]))
-        return number, fresh
+        kept[-1].zero_()
+        ((norm, base),) = eager.norms_and_bases([eager.Layer(weight.detach(), lora_a, lora_b, scale, found.base)])
+        return _keep(kept, found, lora_a, lora_b, norm, base), norm
+
+
+class _Found(NamedTuple):
+    """What a look at a layer's tensors showed."""
+
+    is_current: bool
+    # of the kept norm
+    number: int
+    # the norms of the weight alone, squared, None if they are those of another one
+    base: Tensor | None
+    sample: Tensor
+    key: list[int]
+
+
+def _look(kept: list[Tensor], weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, step: int) -> _Found:
+    _, base, kept_a, kept_b, kept_sample, kept_key = kept
+    sample, key = sample_of(weight, step), [*weight_key(weight), _bits(scale)]
+    *known, number = kept_key.tolist()
+    is_same_weight = known == key and torch.equal(kept_sample, sample)
+    # torch.equal calls two NaN different: a broken layer is computed anew each time, which is harmless
+    is_current = is_same_weight and torch.equal(kept_a, lora_a) and torch.equal(kept_b, lora_b)
+    return _Found(is_current, number, base if is_same_weight else None, sample, key)
+
+
+def _keep(kept: list[Tensor], found: _Found, lora_a: Tensor, lora_b: Tensor, norm: Tensor, base: Tensor) -> int:
+    """-> the number of the norm."""
+    kept_norm, kept_base, kept_a, kept_b, kept_sample, kept_key = kept
+    kept_norm.copy_(norm)
+    kept_a.copy_(lora_a)
+    kept_b.copy_(lora_b)
+    if found.base is None:
+        kept_base.copy_(base)
+        kept_sample.copy_(found.sample)
+    number = next(_numbers)
+    kept_key.copy_(torch.tensor([*found.key, number]))
+    return number
 
 
 def weight_key(weight: Tensor) -> list[int]:

@@ -115,10 +115,12 @@ MUTANTS = [
         {
             "B is not compared": (" and torch.equal(kept_b, lora_b)", ""),
             "the weight is not sampled": (" and torch.equal(kept_sample, sample)", ""),
-            "callers share a norm": ("(number, norm.clone())", "(number, norm)"),
-            "the number of a norm is not compared": (" and given[0] == number", ""),
+            "callers share a norm": ("(found.number, kept[0].clone())", "(found.number, kept[0])"),
+            "a refresh looks at every layer": ("            if not stale:\n                break\n", ""),
+            "a refresh takes parts for the whole": ("is_whole\n        and weight", "weight"),
+            "the number of a norm is not compared": (" and given[0] == found.number", ""),
             "the scale is not in the key": ("_bits(scale)]", "0]"),
-            "no norm is kept": ("kept_key.copy_(torch.tensor([*key, number]))", "pass"),
+            "no norm is kept": ("kept_key.copy_(torch.tensor([*found.key, number]))", "pass"),
         },
     ),
     *_of(
@@ -130,12 +132,13 @@ MUTANTS = [
         },
     ),
     *_of(
-        "hylorada_kernels/gain_cache.py",
+        "hylorada_kernels/layer_cache.py",
         f"{KERNEL_TESTS}/test_norm_cache.py -k 'not triton'",
         {
             "the magnitude is not compared": ("kept.copies, (magnitude, blend)", "kept.copies[1:], (blend,)"),
             "the blend is not compared": ("kept.copies, (magnitude, blend)", "kept.copies[:1], (magnitude,)"),
             "the norm is not compared": ("kept.norm is norm and ", ""),
+            "what was refreshed is not kept": ("                cache._kept = own\n", "                pass\n"),
             "small gains are not seen": (">= eager.SMALL_GAIN", ">= -1"),
             "the scaled weight is not asked for": (" and (kept.gain.scaled is not None) == scale_weight", ""),
         },

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hylorada_kernels import backend, hybrid_linear
-from hylorada_kernels.gain_cache import GainCache
-from hylorada_kernels.norm_cache import NormCache
+from hylorada_kernels.layer_cache import LayerCache, Operands
 
 from .peft_files import export_adapter, export_lora, import_adapter
-from .peft_tuner import HyLoRADALinear, HyLoRADAPeftConfig
+from .peft_tuner import HyLoRADALinear, HyLoRADAPeftConfig, Keeper, refresh_before_forward, stop_refreshing
 
 try:
     from peft.tuners.lora.dora import DoraLinearLayer
@@ -87,6 +86,8 @@ def accelerate(model: nn.Module) -> Status:
     for layer in plain:
         layer._hylorada_kept = {}
         layer.__class__ = FusedLinear
+    if plain:
+        refresh_before_forward(model)
     return status(model)
 
 
@@ -96,6 +97,8 @@ def restore(model: nn.Module) -> None:
     for layer in fused:
         layer.__class__ = Linear
         del layer._hylorada_kept
+    if fused:
+        stop_refreshing(model)
 
 
 def status(model: nn.Module) -> Status:
@@ -113,10 +116,10 @@ def status(model: nn.Module) -> Status:
     return Status(fused, fallback)
 
 
-class FusedLinear(Linear):
+class FusedLinear(Linear, Keeper):
     """PEFT's lora.Linear with another forward. `accelerate` turns layers into it; it is never constructed."""
 
-    _hylorada_kept: dict[str, tuple[NormCache, GainCache]]
+    _hylorada_kept: dict[str, LayerCache]
     # nn.DataParallel sets it: its replicas run in threads and share what a layer keeps
     _is_replica = False
 
@@ -127,13 +130,7 @@ class FusedLinear(Linear):
             return super().forward(x, *args, **kwargs)
         norm = kept_gain = None
         if operands.magnitude is not None and not self._is_replica:
-            if operands.adapter not in self._hylorada_kept:
-                self._hylorada_kept[operands.adapter] = NormCache(), GainCache()
-            norms, gains = self._hylorada_kept[operands.adapter]
-            norm = norms.norm(operands.weight, operands.lora_a, operands.lora_b, operands.scale)
-            kept_gain = gains.gain(
-                operands.weight, operands.lora_a, operands.lora_b, operands.magnitude, None, norm, scale=operands.scale
-            )
+            norm, kept_gain = self._cache(operands.adapter).norm_and_gain(operands.of_norm())
         return hybrid_linear(
             x,
             operands.weight,
@@ -146,6 +143,16 @@ class FusedLinear(Linear):
             dropout_p=operands.dropout_p,
             kept_gain=kept_gain,
         )
+
+    def kept(self) -> Iterator[tuple[LayerCache, Operands]]:
+        operands = _operands(self, self.training)
+        if not isinstance(operands, str) and operands.magnitude is not None and not self._is_replica:
+            yield self._cache(operands.adapter), operands.of_norm()
+
+    def _cache(self, adapter: str) -> LayerCache:
+        if adapter not in self._hylorada_kept:
+            self._hylorada_kept[adapter] = LayerCache()
+        return self._hylorada_kept[adapter]
 
     def delete_adapter(self, adapter_name: str) -> None:
         """PEFT's, and what was kept for the adapter is forgotten."""
@@ -164,6 +171,9 @@ class _Operands(NamedTuple):
     bias: Tensor | None
     scale: float
     dropout_p: float
+
+    def of_norm(self) -> Operands:
+        return Operands(self.weight, self.lora_a, self.lora_b, self.magnitude, None, self.scale)
 
 
 def _peft_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -17,9 +17,8 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from hylorada_kernels import column_norm, hybrid_linear
-from hylorada_kernels.gain_cache import GainCache
+from hylorada_kernels.layer_cache import LayerCache, Operands, refresh
 from hylorada_kernels.nn import BLEND_INIT, init_lora_a, lora_scale
-from hylorada_kernels.norm_cache import NormCache
 from hylorada_kernels.ops.hybrid_linear.op import adapted_weight
 
 from ..config import DEFAULT_TARGET_MODULES, HyLoRADAConfig, whole_number
@@ -143,7 +142,33 @@ class _Operands(NamedTuple):
     config: HyLoRADAPeftConfig
 
 
-class HyLoRADALinear(nn.Module, BaseTunerLayer):
+class Keeper:
+    """A layer that keeps norms and gains between optimizer steps."""
+
+    def kept(self) -> Iterator[tuple[LayerCache, Operands]]:
+        """What is kept of the active adapters, and what it is made of."""
+        raise NotImplementedError
+
+
+def refresh_before_forward(model: nn.Module) -> None:
+    """Have what a model's layers keep made anew together, where an optimizer step has made it stale."""
+    if _refresh not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_refresh)
+
+
+def stop_refreshing(model: nn.Module) -> None:
+    """Undo `refresh_before_forward` of the model and of its parts."""
+    for module in model.modules():
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _refresh]:
+            del module._forward_pre_hooks[key]
+
+
+def _refresh(model: nn.Module, _: Any) -> None:
+    if not torch.compiler.is_compiling():
+        refresh(entry for module in model.modules() if isinstance(module, Keeper) for entry in module.kept())
+
+
+class HyLoRADALinear(nn.Module, BaseTunerLayer, Keeper):
     """A linear layer with adapters of HyLoRADA, at most one for each name.
 
         y = g * (x W^T + s drop(x) A^T B^T) + bias          g = (1 - beta) m / n + beta
@@ -169,7 +194,7 @@ class HyLoRADALinear(nn.Module, BaseTunerLayer):
         "hylorada_lora_magnitude_vector",
         "hylorada_lora_magnitude_vector_blend",
     )
-    other_param_names = ("configs", "_norms", "_gains")
+    other_param_names = ("configs", "_caches")
     # nn.DataParallel sets it: its replicas run in threads and share what a layer keeps
     _is_replica = False
     base_layer: Any
@@ -180,8 +205,7 @@ class HyLoRADALinear(nn.Module, BaseTunerLayer):
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
         self.configs: dict[str, HyLoRADAPeftConfig] = {}
-        self._norms: dict[str, NormCache] = {}
-        self._gains: dict[str, GainCache] = {}
+        self._caches: dict[str, LayerCache] = {}
         self._original_weight: Tensor | None = None
         self._disable_adapters, self.merged_adapters = False, []
         self._active_adapter = adapter_name
@@ -197,10 +221,10 @@ class HyLoRADALinear(nn.Module, BaseTunerLayer):
         own: dict[str, Any] = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
         lora_a, lora_b = torch.empty(config.r, self.in_features, **own), torch.zeros(self.out_features, config.r, **own)
         init_lora_a(lora_a, config.lora_init)
-        self.configs[name], self._norms[name], self._gains[name] = config, NormCache(), GainCache()
+        self.configs[name], self._caches[name] = config, LayerCache()
         parameters = [lora_a, lora_b]
         if config.use_dora_magnitude:
-            parameters.append(self._norms[name].norm(weight, lora_a, lora_b, config.scale).clone())
+            parameters.append(self._caches[name].norms.norm(weight, lora_a, lora_b, config.scale).clone())
             if config.use_blend:
                 parameters.append(torch.full((1,), BLEND_INIT, **own))
         for kind, parameter in zip(self.adapter_layer_names, parameters, strict=False):
@@ -279,6 +303,15 @@ class HyLoRADALinear(nn.Module, BaseTunerLayer):
             return "the base weight is quantised: the base layer's own product is used"
         return None
 
+    def kept(self) -> Iterator[tuple[LayerCache, Operands]]:
+        if not (self.disable_adapters or self.merged):
+            for name in filter(self._keeps, self._present(self.active_adapters)):
+                a, b, magnitude, blend, config = self._operands(name)
+                yield self._caches[name], Operands(self._weight(), a, b, magnitude, blend, config.scale)
+
+    def _keeps(self, name: str) -> bool:
+        return not (self.configs[name].dora_norm_grad or self._is_quantised or self._is_replica)
+
     def _present(self, names: list[str]) -> list[str]:
         return [name for name in names if name in self.configs]
 
@@ -299,10 +332,8 @@ class HyLoRADALinear(nn.Module, BaseTunerLayer):
         a, b, magnitude, blend, config = self._operands(name)
         weight, norm, kept_gain = self._weight(), None, None
         dropout_p = config.lora_dropout if self.training else 0.0
-        can_keep = not (config.dora_norm_grad or self._is_quantised or self._is_replica)
-        if magnitude is not None and can_keep:
-            norm = self._norms[name].norm(weight, a, b, config.scale)
-            kept_gain = self._gains[name].gain(weight, a, b, magnitude, blend, norm, scale=config.scale)
+        if self._keeps(name):
+            norm, kept_gain = self._caches[name].norm_and_gain(Operands(weight, a, b, magnitude, blend, config.scale))
         if not self._is_quantised:
             return hybrid_linear(
                 x,
@@ -400,6 +431,15 @@ class HyLoRADAPeftModel(BaseTuner):
 
     prefix = f"{METHOD}_"
     tuner_layer_cls = HyLoRADALinear
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        refresh_before_forward(self.model)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+        stop_refreshing(model)
+        return model
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         if peft_config.target_modules is None:

@@ -6,6 +6,7 @@ import transformers
 from torch import nn
 
 from hylorada import HyLoRADAConfig, HyLoRADAModel
+from hylorada_kernels.ops.column_norm import eager
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA_LIKE = SMALL | {"intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 128}
@@ -46,6 +47,15 @@ def make_base():
 def make_model():
     """make_model(family, **config fields) -> an adapted model whose parameters are not at their start values."""
     return build_model
+
+
+@pytest.fixture
+def norms_made(monkeypatch):
+    """A list of how many norms the eager path made together, call by call, since the test began."""
+    made: list[int] = []
+    make = eager.norms_and_bases
+    monkeypatch.setattr(eager, "norms_and_bases", lambda layers: made.append(len(layers)) or make(layers))
+    return made
 
 
 @pytest.fixture

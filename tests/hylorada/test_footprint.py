@@ -109,8 +109,8 @@ def test_what_a_layer_keeps_between_steps_is_what_it_holds(dtype, options):
     layer = HybridLinear.from_linear(nn.Linear(600, 800, bias=False).to(dtype), 8, **options)
     for _ in range(2):
         layer(torch.randn(4, 600, dtype=dtype))
-    kept = layer._gains._kept
-    held = [*layer._norms._state[0], layer._norms._given[1], kept.norm, *kept.copies]
+    kept = layer._cache._kept
+    held = [*layer._cache.norms._state[0], layer._cache.norms._given[1], kept.norm, *kept.copies]
     held += [kept.gain.gain, kept.gain.by_magnitude, kept.gain.by_blend, *(kept.gain.scaled or ())]
     held += kept.gain.factors[:2]
     storages = [tensor.untyped_storage() for tensor in held if tensor is not None]

@@ -525,3 +525,23 @@ def test_two_models_of_one_config_are_independent(make_base, token_ids):
 def test_the_status_of_a_bf16_model_does_not_warn_of_norms_that_are_not_trained(make_model, caplog):
     model = make_model("llama", torch.bfloat16)
     assert model.get_component_status()["norms"]["parameters"] == 0 and not caplog.records
+
+
+def test_the_norms_of_all_layers_are_made_together_after_a_change(make_model, token_ids, family, norms_made):
+    model = make_model(family)
+    layers = adapted_layers(model.base_model)
+    for _ in range(2):
+        norms_made.clear()
+        before = model(token_ids).logits
+        model(token_ids)
+        assert norms_made == [len(layers)]
+        with torch.no_grad():
+            for layer in layers.values():
+                layer.lora_b.add_(0.1)
+    assert not torch.equal(model(token_ids).logits, before)
+    norms_made.clear()
+    # one that is not the first is made by its layer
+    list(layers.values())[-1].lora_b.data.add_(0.1)
+    found = model(token_ids).logits
+    assert norms_made == [1]
+    assert torch.equal(found, copy.deepcopy(model)(token_ids).logits)

@@ -232,6 +232,25 @@ def test_the_norm_follows_factors_weight_and_scale(make_peft, token_ids):
         assert relative_error(fused(token_ids).logits, expected) <= 1e-12
 
 
+def test_the_norms_of_all_layers_are_made_together_after_a_change(make_peft, token_ids, family, norms_made):
+    model = accelerated(make_peft(family))
+    accelerate(model)
+    for _ in range(2):
+        norms_made.clear()
+        before = model(token_ids).logits
+        model(token_ids)
+        assert norms_made == [len(status(model).fused)]
+        disturb(model)
+    assert not torch.equal(model(token_ids).logits, before)
+    norms_made.clear()
+    # one that is not the first is made by its layer
+    last = [module for module in model.modules() if isinstance(module, FusedLinear)][-1]
+    last.lora_B["default"].weight.data.add_(0.1)
+    found = model(token_ids).logits
+    assert norms_made == [1]
+    assert torch.equal(found, copy.deepcopy(model)(token_ids).logits)
+
+
 def test_trained_biases_get_pefts_gradients(make_peft, token_ids):
     plain = make_peft("qwen2", bias="all").double()
     expected = results(plain, token_ids)

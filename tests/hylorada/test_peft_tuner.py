@@ -1,6 +1,7 @@
 """HyLoRADA as a method of PEFT: HyLoRADAModel's results, by PEFT's ways of training, saving, merging and switching."""
 
 import copy
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -162,6 +163,7 @@ def test_merge_and_unload_gives_a_plain_model(make_base, make_peft, token_ids, f
     assert [type(module) for module in merged.modules()] == [type(module) for module in plain.modules()]
     assert relative_error(logits(merged, token_ids), expected.double()) <= 2e-6
     assert torch.equal(logits(make_peft(family).unload(), token_ids), logits(plain, token_ids))
+    assert b"hylorada" not in pickle.dumps(merged)
 
 
 def test_a_broken_adapter_is_not_merged_when_asked_to_look(make_peft):
@@ -225,7 +227,7 @@ def test_several_adapters_are_switched_added_up_and_deleted(make_base, make_peft
     model.base_model.set_adapter("default")
     model.delete_adapter("other")
     assert not any(".other" in name for name in model.state_dict())
-    assert all(set(layer.configs) <= {"default"} and set(layer._norms) <= {"default"} for layer in layers_of(model))
+    assert all(set(layer.configs) <= {"default"} and set(layer._caches) <= {"default"} for layer in layers_of(model))
     assert torch.equal(logits(model, token_ids), first)
 
 
@@ -602,3 +604,20 @@ def test_two_processes_get_the_gradients_of_one(make_peft, wrap, tmp_path):
         assert len(found) == 2 * len(names) == 2 * 56
         for name in names:
             assert relative_error(found[f"wrapped {name}"], found[f"alone {name}"]) <= 1e-9, name
+
+
+def test_the_norms_of_all_layers_are_made_together_after_a_change(make_peft, token_ids, family, norms_made):
+    model = make_peft(family)
+    for _ in range(2):
+        norms_made.clear()
+        before = logits(model, token_ids)
+        logits(model, token_ids)
+        assert norms_made == [len(layers_of(model))]
+        disturb(model)
+    assert not torch.equal(logits(model, token_ids), before)
+    norms_made.clear()
+    # one that is not the first is made by its layer
+    layers_of(model)[-1].hylorada_B["default"].data.add_(0.1)
+    found = logits(model, token_ids)
+    assert norms_made == [1]
+    assert torch.equal(found, logits(copy.deepcopy(model), token_ids))

@@ -1,5 +1,6 @@
 """The cached norm: one for each change of the factors, and never a stale one, however they are changed."""
 
+import contextlib
 import copy
 import threading
 
@@ -9,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hylorada_kernels import HybridLinear, column_norm, norm_cache, using
+from hylorada_kernels.nn import refresh
 from hylorada_kernels.ops.column_norm import eager
 from hylorada_kernels.ops.hybrid_linear import eager as linear_eager
 from hylorada_kernels.testing import interpreter, relative_error
@@ -24,8 +26,8 @@ def on_either_backend(backend):
 def norms_made(backend, monkeypatch):
     """norms_made() counts the norms computed since the test began; a kernel that finds its norm reads no W."""
     made = []
-    make = eager.norm_and_base
-    monkeypatch.setattr(eager, "norm_and_base", lambda *args, **options: made.append(1) or make(*args, **options))
+    make = eager.norms_and_bases
+    monkeypatch.setattr(eager, "norms_and_bases", lambda layers: made.extend(layers) or make(layers))
     if backend == "eager":
         yield lambda: len(made)
     else:
@@ -165,7 +167,7 @@ def turn_b_where_the_norm_stays(layer, x):
 def turn_b_before_a_compiled_call(layer, x):
     """A compiled call brings the kept norm up to date, which has not changed: B has."""
     turn_b_where_the_norm_stays(layer, x)
-    kept, (choice, *_), step = layer._norms._state
+    kept, (choice, *_), step = layer._cache.norms._state
     norm_cache._norm_op(kept, layer._base(), layer.lora_a, layer.lora_b, layer.scale, choice, step)
 
 
@@ -185,14 +187,139 @@ EVENTS = [
 
 
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.__name__)
+@pytest.mark.parametrize("is_refreshed", [False, True])
 @pytest.mark.parametrize("keep_scaled_weight", [False, True])
-def test_no_change_goes_unnoticed(event, keep_scaled_weight):
+def test_no_change_goes_unnoticed(event, keep_scaled_weight, is_refreshed):
     layer, x = layer_and_input(keep_scaled_weight=keep_scaled_weight)
     before = layer(x).detach()
     event(layer, x)
+    if is_refreshed:
+        refresh(layer)
     after = layer(x)
     assert not torch.equal(after, before)
     assert torch.equal(after, uncached(layer, x))
+
+
+def several_layers(backend):
+    """Layers that differ in all that a layer may differ in; what they keep is stale."""
+    torch.manual_seed(0)
+    linears = {
+        "plain": (nn.Linear(24, 16), {}),
+        "low precision": (nn.Linear(24, 40).bfloat16(), {}),
+        "its twin, of another scale": (nn.Linear(16, 40).bfloat16(), {"alpha": 3.0}),
+        "another rank": (nn.Linear(24, 16), {"rank": 2}),
+        "another dtype": (nn.Linear(24, 16).to(torch.float64 if backend == "eager" else torch.float16), {}),
+        "no blend": (nn.Linear(24, 70, bias=False), {"use_blend": False}),
+        "no magnitude": (nn.Linear(24, 16), {"use_magnitude": False}),
+        "rows with gaps": (nn.Linear(24, 130), {}),
+        "a scaled weight": (nn.Linear(24, 16).bfloat16(), {"keep_scaled_weight": True}),
+        "its norm has a gradient": (nn.Linear(24, 16), {"norm_grad": True}),
+        "a gain of zero": (nn.Linear(24, 16), {}),
+        "a row of zeros": (nn.Linear(24, 16), {}),
+        "rows that cancel": (nn.Linear(24, 16), {}),
+        "not a number": (nn.Linear(24, 16), {}),
+        "shares the first one's factors": (nn.Linear(24, 16), {}),
+    }
+    layers = nn.ModuleDict()
+    for name, (linear, options) in linears.items():
+        layers[name] = HybridLinear.from_linear(linear, **({"rank": 4} | options))
+    layers["rows with gaps"].weight.data = torch.randn(130, 30)[:, :24]
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.lora_b.normal_(std=0.3)
+            if layer.magnitude is not None:
+                layer.magnitude.mul_(torch.linspace(0.5, 1.5, layer.out_features))
+        layers["a gain of zero"].magnitude[3] = 0.0
+        layers["a row of zeros"].weight[2] = 0.0
+        layers["a row of zeros"].lora_b[2] = 0.0
+        cancelling = layers["rows that cancel"]
+        cancelling.weight[:5] = -(1 + 1e-6) * cancelling.scale * (cancelling.lora_b @ cancelling.lora_a)[:5]
+        layers["not a number"].lora_a[1, 2] = torch.nan
+    shared = layers["shares the first one's factors"]
+    shared.lora_a, shared.lora_b = layers["plain"].lora_a, layers["plain"].lora_b
+    return layers
+
+
+def results_of(layers):
+    """Outputs and gradients of every layer, by name."""
+    results = {}
+    for name, layer in layers.items():
+        x = torch.linspace(-1, 1, 5 * layer.in_features, dtype=layer.weight.dtype).view(5, -1).requires_grad_()
+        trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+        y = layer(x)
+        results[name] = [y, *torch.autograd.grad(y.square().sum(), [x, *trained])]
+    return results
+
+
+def test_layers_refreshed_together_have_the_bits_that_each_would_have_made(backend, norms_made):
+    together, alone = several_layers(backend), several_layers(backend)
+    one_by_one = norms_made()
+    expected = results_of(alone)
+    one_by_one = norms_made() - one_by_one
+    before = norms_made()
+    refresh(together)
+    refreshed = norms_made() - before
+    found = results_of(together)
+    # one has a gradient: it is made in the forward alone; one is not a number, which is not found to be the same
+    assert refreshed == (one_by_one - 1 if backend == "eager" else 0)
+    assert norms_made() - before == one_by_one + (backend == "eager")
+    for name, tensors in expected.items():
+        for tensor, other in zip(found[name], tensors, strict=True):
+            torch.testing.assert_close(tensor, other, rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+def test_a_refresh_makes_what_is_stale_where_the_first_is(backend, norms_made):
+    layers, x = nn.ModuleList(layer_and_input()[0] for _ in range(3)), layer_and_input()[1]
+    refresh(layers)
+    gains = [layer._cache._kept for layer in layers]
+    assert (None not in gains) == (backend == "eager")
+    for layer, gain in zip(layers, gains, strict=True):
+        layer(x)
+        assert layer._cache._kept is gain
+    before = norms_made()
+    layers[1].lora_b.data.mul_(2)
+    refresh(layers)
+    assert norms_made() == before
+    layers[0].lora_b.data.mul_(2)
+    refresh(layers)
+    refresh(layers)
+    assert norms_made() == before + (2 if backend == "eager" else 0)
+
+
+def test_a_refresh_in_inference_mode_leaves_training_as_it_was():
+    layer, x = layer_and_input()
+    with torch.inference_mode():
+        refresh(layer)
+        layer(x)
+    refresh(layer)
+    layer(x).sum().backward()
+    assert layer.lora_a.grad is not None
+
+
+def test_an_interrupted_refresh_leaves_nothing_that_is_stale(monkeypatch):
+    layer, x = layer_and_input()
+    layer(x)
+    layer.lora_b.data.mul_(2)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for module, name in ((eager, "norms_and_bases"), (linear_eager, "gain_of")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, interrupt)
+            with contextlib.suppress(KeyboardInterrupt):
+                refresh(layer)
+        assert torch.equal(layer(x), uncached(layer, x))
+
+
+def test_tensors_that_are_not_whole_are_left_alone():
+    """As a sharded layer's parameters are outside of its forward."""
+    layer, x = layer_and_input()
+    whole = layer.weight.data
+    layer.weight.data = torch.empty(0)
+    refresh(layer)
+    layer.weight.data = whole
+    assert torch.equal(layer(x), uncached(layer, x))
 
 
 def test_an_edit_in_the_open_that_misses_the_sample_is_noticed(backend):
@@ -265,19 +392,19 @@ def test_the_scaled_weight_is_made_when_it_is_asked_for(backend):
     layer(x)
     layer.keep_scaled_weight = True
     layer(x)
-    kept = layer._gains._kept
+    kept = layer._cache._kept
     assert kept is None if backend == "triton" else kept.gain.scaled is not None
 
 
 def test_replicas_of_data_parallel_share_nothing_that_is_kept():
     layer, x = layer_and_input()
     expected = layer(x)
-    kept = [tensor.clone() for tensor in layer._norms._state[0]]
+    kept = [tensor.clone() for tensor in layer._cache.norms._state[0]]
     replica = layer._replicate_for_data_parallel()
     for name, parameter in layer.named_parameters():
         replica._parameters[name] = nn.Parameter(2 * parameter, parameter.requires_grad)
     assert not torch.allclose(replica(x), expected)
-    assert all(map(torch.equal, layer._norms._state[0], kept)) and torch.equal(layer(x), expected)
+    assert all(map(torch.equal, layer._cache.norms._state[0], kept)) and torch.equal(layer(x), expected)
 
 
 @pytest.mark.parametrize("is_contiguous", [True, False])
@@ -400,7 +527,7 @@ def test_a_norm_once_given_is_never_written_to():
     assert torch.equal(given, kept)
     # the first one after a call in inference mode, which leaves a kept norm and nothing that was given
     layer.invalidate_norm()
-    layer._norms._given = None
+    layer._cache.norms._given = None
     with torch.inference_mode():
         layer._norm()
     given, kept = layer._norm(), layer._norm().clone()
@@ -433,7 +560,7 @@ def test_verifying_catches_a_stale_norm():
     layer(x)
     with norm_cache.verifying():
         layer(x)
-        kept = layer._norms._state[0][0] if layer._norms._given is None else layer._norms._given[1]
+        kept = layer._cache.norms._state[0][0] if layer._cache.norms._given is None else layer._cache.norms._given[1]
         kept.mul_(1.01)
         with pytest.raises(RuntimeError, match=r"stale by 1\.0e-02.*call invalidate_norm"):
             layer(x)

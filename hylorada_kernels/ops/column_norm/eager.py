@@ -1,5 +1,8 @@
 """Column norm in PyTorch, any device and dtype. See op.py for the contract."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -14,39 +17,69 @@ INNER_CANCELLATION = 2.0**-8
 CHUNK_ELEMENTS = 1 << 20
 
 
+class Layer(NamedTuple):
+    """What a norm is made of."""
+
+    weight: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+    scale: float
+    # ||W||^2 of every row, (O,): who has it from an earlier call saves a reading of W
+    base: Tensor | None = None
+
+
 def forward(weight: Tensor, lora_a: Tensor, lora_b: Tensor, *, scale: float) -> Tensor:
-    """See `norm_and_base`."""
-    return norm_and_base(weight, lora_a, lora_b, scale=scale)[0]
+    """See `norms_and_bases`."""
+    ((norm, _),) = norms_and_bases([Layer(weight, lora_a, lora_b, scale)])
+    return norm
 
 
-def norm_and_base(
-    weight: Tensor, lora_a: Tensor, lora_b: Tensor, *, scale: float, base: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def norms_and_bases(layers: Sequence[Layer]) -> list[tuple[Tensor, Tensor]]:
     """n^2 = ||W||^2 + 2 s <W, B A> + s^2 ||B A||^2 from W A^T (O, R) and A A^T (R, R); rows that cancel are redone.
 
-    Low-precision weights are widened a few rows at a time: a bf16 GEMM would leave an error of 5e-5. The base is
-    ||W||^2, (O,): who has it from an earlier call saves a reading of W.
+    Low-precision weights are widened a few rows at a time: a bf16 GEMM would leave an error of 5e-5. The layers are on
+    one device and of one `accumulation_dtype`; what is as long as the rows is done for all of them in one call. Every
+    norm has the bits that it would have alone, and is a view of a tensor with the others.
     """
-    dtype = accumulation_dtype(weight)
-    a, b = lora_a.to(dtype), lora_b.to(dtype)
-    products = b.new_empty(b.shape)
-    is_known = base is not None
-    squares = base if base is not None else weight.new_empty(weight.shape[0], dtype=dtype)
-    for rows in row_chunks(weight, dtype):
-        wide = weight[rows].to(dtype)
-        if not is_known:
+    dtype = accumulation_dtype(layers[0].weight)
+    rows = [len(layer.weight) for layer in layers]
+    squared = layers[0].weight.new_empty(sum(rows), dtype=dtype)
+    update_sizes, bases = torch.empty_like(squared), []
+    for layer, own_squared, update_size in zip(layers, squared.split(rows), update_sizes.split(rows), strict=True):
+        a, b, scale = layer.lora_a.to(dtype), layer.lora_b.to(dtype), layer.scale
+        base, product = _base_and_product(layer, a)
+        product.addmm_(b, a @ a.T, beta=2 * scale, alpha=scale**2)
+        torch.sum(product.mul_(b), 1, out=own_squared)
+        torch.addmv(update_size, b.abs(), torch.linalg.vector_norm(a, dim=1), beta=0, alpha=scale, out=update_size)
+        bases.append(base)
+    squares = joined(bases)
+    cancelled = squared.add_(squares) < CANCELLATION * squares
+    cancelled |= squared < INNER_CANCELLATION * update_sizes.square_()
+    if cancelled.any():
+        for layer, own_squared, is_bad in zip(layers, squared.split(rows), cancelled.split(rows), strict=True):
+            update = layer.lora_b[is_bad].to(dtype) @ layer.lora_a.to(dtype)
+            own_squared[is_bad] = layer.weight[is_bad].to(dtype).add_(update, alpha=layer.scale).square().sum(1)
+    return list(zip(squared.sqrt_().split(rows), bases, strict=True))
+
+
+def _base_and_product(layer: Layer, a: Tensor) -> tuple[Tensor, Tensor]:
+    """-> ||W||^2 of every row, (O,), and W A^T, (O, R)."""
+    weight, base = layer.weight, layer.base
+    product = a.new_empty(len(weight), len(a))
+    squares = a.new_empty(len(weight)) if base is None else base
+    for rows in row_chunks(weight, a.dtype):
+        wide = weight[rows].to(a.dtype)
+        if base is None:
             torch.linalg.vector_norm(wide, dim=1, out=squares[rows])
-        products[rows] = project_down(wide, a, batch_from=0)
+        product[rows] = project_down(wide, a, batch_from=0)
         # freed before more rows are widened
         del wide
-    if not is_known:
-        squares.square_()
-    squared = (torch.addmm(products, b, a @ a.T, beta=2 * scale, alpha=scale**2) * b).sum(1).add_(squares)
-    update_size = scale**2 * (b.abs() @ torch.linalg.vector_norm(a, dim=1)).square_()
-    cancelled = (squared < CANCELLATION * squares) | (squared < INNER_CANCELLATION * update_size)
-    if cancelled.any():
-        squared[cancelled] = (weight[cancelled].to(dtype) + scale * (b[cancelled] @ a)).square().sum(1)
-    return squared.sqrt_(), squares
+    return squares.square_() if base is None else base, product
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """One after the other along the first dimension; one alone as it is."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
 
 
 def backward(

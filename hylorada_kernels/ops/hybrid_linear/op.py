@@ -63,7 +63,7 @@ def hybrid_linear(
             In Triton z is y - bias, so that a bias much larger than z costs the magnitude's and the blend's gradients
             digits; False does not.
         dropout_p: in [0, 1); the caller passes 0 outside training.
-        kept_gain: what follows from magnitude, blend, norm and the factors, if the caller keeps it (`gain_cache`): the
+        kept_gain: what follows from magnitude, blend, norm and the factors, if the caller keeps it (`layer_cache`): the
             eager path then does not make it again. Where Triton runs, or a trace, it would gain nothing and is left
             alone.
 

@@ -1,0 +1,162 @@
+"""What an adapted layer keeps between optimizer steps: its norm, and the gain with what follows from it.
+
+On the CPU a small layer's many products of O values cost as much as a pass over its output, and so do the 16-bit copies
+of its factors, which stand still as long as the norm that is made of them. A layer may also keep diag(g) W: memory of
+the size of its weight, for two passes over the output. In 16 bits that weight is rounded once more: an output's error
+grows by up to sqrt 2, and a change of the gain below half a unit in the last place moves some elements of a row and not
+the others.
+
+Behind a large product, which empties the caches, every call costs more than its work: `refresh` makes what several
+layers keep in one go, before the first of them runs. Each layer still looks for itself whether what it keeps holds.
+"""
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backend, norm_cache
+from .norm_cache import NormCache
+from .ops.column_norm.eager import Layer, joined
+from .ops.hybrid_linear import eager
+
+_lock = threading.Lock()
+
+
+class Operands(NamedTuple):
+    """What norm and gain of a layer are made of; see `hybrid_linear`. Without a magnitude it has neither."""
+
+    weight: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+    magnitude: Tensor | None
+    blend: Tensor | None
+    scale: float
+    # whether diag(g) W is kept too
+    scale_weight: bool = False
+
+
+class _Kept(NamedTuple):
+    gain: eager.Gain
+    # what it was made from: the norm itself, which is never written to, and copies of the magnitude and the blend
+    norm: Tensor
+    copies: list[Tensor | None]
+
+
+class LayerCache:
+    """Keeps one norm and one gain, and copies of what they were made from, to be compared.
+
+    Nothing that was given is written to.
+    """
+
+    def __init__(self) -> None:
+        self.norms = NormCache()
+        self._kept: _Kept | None = None
+
+    def norm_and_gain(self, operands: Operands) -> tuple[Tensor | None, eager.Gain | None]:
+        """What `hybrid_linear` takes: the norm, and the gain, with a scaled weight where asked for.
+
+        The gain is None where it would not be used: wherever the eager path does not run at once on a CPU. That is in
+        Triton, where a kernel does all of this on its way, and while tracing; on a GPU, where the host would have to
+        wait for the comparison; and in inference mode, whose tensors are of no use outside.
+        """
+        weight, lora_a, lora_b, magnitude, blend, scale, scale_weight = operands
+        if magnitude is None:
+            return None, None
+        norm = self.norms.norm(weight, lora_a, lora_b, scale)
+        runs_directly = backend.choose(weight) == "eager" and backend.runs_directly(weight, "eager")
+        if not runs_directly or not weight.is_cpu or torch.is_inference_mode_enabled():
+            return norm, None
+        with torch.no_grad(), _lock:
+            kept = self._kept
+            # the norm is the same tensor until the weight, a factor or the scale changes
+            is_same = kept is not None and kept.norm is norm and (kept.gain.scaled is not None) == scale_weight
+            if kept is None or not is_same or not all(map(_is_equal, kept.copies, (magnitude, blend))):
+                # freed first, unless a graph still needs it
+                self._kept = kept = None
+                (kept,) = _gains([operands], [norm])
+                self._kept = kept
+            return norm, kept.gain
+
+    def invalidate(self) -> None:
+        """Forget all of it: needed after a few elements of the frozen weight were edited behind autograd's back."""
+        self.norms.invalidate()
+        self._kept = None
+
+    def __getstate__(self) -> dict:
+        return {"norms": self.norms, "_kept": None}
+
+
+@torch.no_grad()
+def refresh(layers: Iterable[tuple[LayerCache, Operands]]) -> None:
+    """Make anew together what several layers keep, on the CPU, where it is stale.
+
+    Nothing is done where the first layer's norm still holds; then no other is looked at. Not to be traced.
+    """
+    given: list[tuple[LayerCache, Operands]] = []
+
+    def norms() -> Iterator[tuple[NormCache, Layer]]:
+        for cache, operands in layers:
+            if operands.magnitude is None:
+                continue
+            given.append((cache, operands))
+            yield cache.norms, Layer(operands.weight, operands.lora_a, operands.lora_b, operands.scale)
+
+    groups: dict[tuple, list[tuple[LayerCache, Operands, Tensor]]] = {}
+    for place, norm in norm_cache.refresh(norms()).items():
+        cache, operands = given[place]
+        key = norm.dtype, operands.magnitude.dtype, operands.blend is None
+        groups.setdefault(key, []).append((cache, operands, norm))
+    with _lock:
+        for group in groups.values():
+            for cache, *_ in group:
+                cache._kept = None
+            kept = _gains([operands for _, operands, _ in group], [norm for *_, norm in group])
+            for (cache, *_), own in zip(group, kept, strict=True):
+                cache._kept = own
+
+
+def _gains(layers: Sequence[Operands], norms: Sequence[Tensor]) -> list[_Kept]:
+    """What is of the size of a row is made for all layers in one call, with the bits that it would have alone."""
+    rows = [len(norm) for norm in norms]
+    # a copy, even of one alone
+    magnitude = torch.cat([operands.magnitude for operands in layers])
+    blends = [operands.blend for operands in layers]
+    blend = blends[0]
+    if len(layers) > 1 and blend is not None:
+        blend = torch.cat([each.expand(n) for each, n in zip(blends, rows, strict=True)])
+    norm, kept = joined(norms), []
+    with backend.no_autocast(norm):
+        gain = eager.gain_of(eager.row_gain(magnitude, blend, norm), magnitude, blend, norm)
+        has_small = _has_small(gain.gain)
+        parts = [
+            [None] * len(rows) if part is None else part.split(rows)
+            for part in (gain.gain, gain.by_magnitude, gain.by_blend, magnitude)
+        ]
+        for operands, own_norm, own_blend, *own, own_magnitude in zip(layers, norms, blends, *parts, strict=True):
+            own_gain = eager.Gain(*own, has_small=has_small and _has_small(own[0]))
+            if own_gain.by_blend is not None:
+                # its dot product depends on where it lies
+                own_gain = own_gain._replace(by_blend=own_gain.by_blend.clone())
+            weight, lora_a, lora_b, scale = operands.weight, operands.lora_a, operands.lora_b, operands.scale
+            if operands.scale_weight:
+                own_gain = eager.with_scaled_weight(own_gain, weight, lora_a, lora_b, scale)
+            else:
+                own_gain = eager.with_factors(own_gain, lora_a, lora_b, scale, weight.dtype)
+            copies = [own_magnitude, None if own_blend is None else own_blend.clone()]
+            kept.append(_Kept(own_gain, own_norm, copies))
+    return kept
+
+
+def _has_small(gain: Tensor) -> bool:
+    """Also where one is NaN, which hides the others."""
+    return gain.numel() > 0 and not torch.linalg.vector_norm(gain, -torch.inf).item() >= eager.SMALL_GAIN
+
+
+def _is_equal(kept: Tensor | None, given: Tensor | None) -> bool:
+    if kept is None or given is None:
+        return kept is given
+    # torch.equal calls two NaN different: what is made of them is made anew each time, which is harmless
+    return kept.dtype == given.dtype and torch.equal(kept, given)
