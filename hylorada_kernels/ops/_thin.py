@@ -43,16 +43,20 @@ def project_up(thin: Tensor, factor: Tensor, scale: float = 1.0) -> Tensor:
     return torch.bmm(groups, factor.expand(len(groups), -1, -1)).flatten(0, 1)
 
 
-def outer_sum(thin: Tensor, wide: Tensor) -> Tensor:
-    """thin.T @ wide, a sum of outer products of rows: (T, R) and (T, K) -> (R, K), any layout."""
+def outer_sum(thin: Tensor, wide: Tensor, *, is_transposed: bool = False) -> Tensor:
+    """thin.T @ wide, a sum of outer products of rows: (T, R) and (T, K) -> (R, K), or (K, R), any layout."""
     rank, columns = thin.shape[1], wide.shape[1]
     if _is_thin(wide, rank) and columns % GROUP == 0 and wide.numel() >= BATCH_ELEMENTS:
         groups = wide.unflatten(1, (-1, GROUP)).movedim(1, 0)
         product = torch.bmm(thin.T.expand(len(groups), -1, -1), groups)
+        if is_transposed:
+            return product.mT.reshape(columns, rank)
         return product.movedim(0, 1).reshape(rank, columns)
     if wide.is_cpu and wide.dtype == torch.float32 and rank >= THIN_RANK:
-        return torch.mm(wide.T, thin).T
-    return torch.mm(thin.T, wide)
+        product = torch.mm(wide.T, thin)
+        return product if is_transposed else product.T
+    product = torch.mm(thin.T, wide)
+    return product.T if is_transposed else product
 
 
 def _is_thin(tensor: Tensor, rank: int) -> bool:

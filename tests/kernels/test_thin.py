@@ -36,8 +36,9 @@ def test_every_way_is_the_product(shape, rank, dtype, is_transposed):
         "up": (_thin.project_up(thin, factor), exact_thin @ exact_factor),
         "up, scaled": (_thin.project_up(thin, factor, 0.3), 0.3 * exact_thin @ exact_factor),
         "outer": (_thin.outer_sum(thin, wide), exact_thin.T @ exact_wide),
+        "outer, transposed": (_thin.outer_sum(thin, wide, is_transposed=True), exact_wide.T @ exact_thin),
     }
-    lengths = {"up": rank, "up, scaled": rank, "outer": wide.shape[0]}
+    lengths = {"up": rank, "up, scaled": rank, "outer": wide.shape[0], "outer, transposed": wide.shape[0]}
     for name, (result, truth) in found.items():
         assert result.dtype == dtype, name
         length = lengths.get(name, wide.shape[1])

@@ -163,7 +163,7 @@ def backward(
             dh = scale_rows(dh, p_delta)
         if need_a:
             scaled_dh = dh if p_input is None else scale_rows(dh, p_input)
-            da = _factor_gradient(scaled_dh, _thinned(x, mask, dropout_p), rest, lora_a.dtype).contiguous()
+            da = _factor_gradient(scaled_dh, _thinned(x, mask, dropout_p), rest, lora_a.dtype)
         if need_x or (need_p and p_input is not None):
             dx = project_up(dh, down, rest)
             if mask is not None:
@@ -175,7 +175,7 @@ def backward(
             dx = scale_rows(dx, p_input, in_place=True) if need_x else nothing
     if need_b:
         weighted_h = h if p_delta is None else scale_rows(h, p_delta)
-        db = _factor_gradient(weighted_h, dz, scale, lora_b.dtype).T.contiguous()
+        db = _factor_gradient(weighted_h, dz, scale, lora_b.dtype, is_transposed=True)
         if is_scaled:
             db *= gain[:, None]
     gradients = [dx, da, db, dm, dblend, dnorm, dbias, dp]
@@ -335,9 +335,13 @@ def _product(
     return low.addmm_(x, weight.T)
 
 
-def _factor_gradient(thin: Tensor, wide: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """scale * thin.T @ wide in the factor's dtype."""
-    gradient = _in_dtype(outer_sum(thin, wide), dtype)
+def _factor_gradient(
+    thin: Tensor, wide: Tensor, scale: float, dtype: torch.dtype, *, is_transposed: bool = False
+) -> Tensor:
+    """scale * thin.T @ wide, or its transpose, in the factor's dtype, contiguous."""
+    product = outer_sum(thin, wide, is_transposed=is_transposed)
+    # cast and laid out in one copy
+    gradient = product.to(dtype, memory_format=torch.contiguous_format).contiguous()
     return gradient if scale == 1 else gradient.mul_(scale)
 
 
