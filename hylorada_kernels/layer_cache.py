@@ -69,7 +69,7 @@ class LayerCache:
         runs_directly = backend.choose(weight) == "eager" and backend.runs_directly(weight, "eager")
         if not runs_directly or not weight.is_cpu or torch.is_inference_mode_enabled():
             return norm, None
-        with torch.no_grad(), _lock:
+        with _lock:
             kept = self._kept
             # the norm is the same tensor until the weight, a factor or the scale changes
             is_same = kept is not None and kept.norm is norm and (kept.gain.scaled is not None) == scale_weight
@@ -118,6 +118,7 @@ def refresh(layers: Iterable[tuple[LayerCache, Operands]]) -> None:
                 cache._kept = own
 
 
+@torch.no_grad()
 def _gains(layers: Sequence[Operands], norms: Sequence[Tensor]) -> list[_Kept]:
     """What is of the size of a row is made for all layers in one call, with the bits that it would have alone."""
     rows = [len(norm) for norm in norms]

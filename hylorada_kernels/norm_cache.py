@@ -31,6 +31,7 @@ WEIGHT_SAMPLES = 512
 # of an eager layer; the last is the number of the norm, by which a copy of it is known
 KEY_LENGTH = 8
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 _verifying: ContextVar[bool] = ContextVar("hylorada_verify_norms", default=False)
 _lock = threading.Lock()
 _numbers = itertools.count(1)
@@ -64,19 +65,20 @@ class NormCache:
 
         The eager path gives the same tensor until the weight, a factor or the scale changes.
         """
-        with torch.no_grad():
-            choice = backend.choose(weight)
-            if not _can_keep(weight, lora_a, lora_b, choice):
+        choice = backend.choose(weight)
+        if not _can_keep(weight, lora_a, lora_b, choice):
+            with torch.no_grad():
                 return column_norm(weight, lora_a, lora_b, scale=scale)
-            kept, step = self._kept(weight, lora_a, lora_b, choice)
-            arguments = (kept, weight, lora_a, lora_b, scale, choice, step)
-            if not backend.runs_directly(weight, choice):
+        kept, step = self._kept(weight, lora_a, lora_b, choice)
+        arguments = (kept, weight, lora_a, lora_b, scale, choice, step)
+        if not backend.runs_directly(weight, choice):
+            with torch.no_grad():
                 return _norm_op(*arguments)
-            # what is made in inference mode could not be saved for a backward later
-            if choice == "triton" or torch.is_inference_mode_enabled():
-                return _norm(*arguments)[1]
-            self._given = given = _norm(*arguments, self._given)
-            return given[1]
+        # what is made in inference mode could not be saved for a backward later
+        if choice == "triton" or torch.is_inference_mode_enabled():
+            return _norm(*arguments)[1]
+        self._given = given = _norm(*arguments, self._given)
+        return given[1]
 
     def invalidate(self) -> None:
         """Forget the norm: needed after a few elements of the frozen weight were edited behind autograd's back."""
@@ -153,8 +155,8 @@ def _keeps_directly(layer: eager.Layer) -> bool:
 
 
 def _can_keep(weight: Tensor, lora_a: Tensor, lora_b: Tensor, choice: str) -> bool:
-    plain = all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in (weight, lora_a, lora_b))
-    return plain and not torch.compiler.is_exporting() and (choice == "triton" or weight.is_cpu)
+    is_plain = type(weight) in _PLAIN and type(lora_a) in _PLAIN and type(lora_b) in _PLAIN
+    return is_plain and not torch.compiler.is_exporting() and (choice == "triton" or weight.is_cpu)
 
 
 def _new_state(weight: Tensor, lora_a: Tensor, lora_b: Tensor, choice: str, step: int) -> list[Tensor]:
@@ -185,22 +187,23 @@ def _norm(
 ) -> tuple[int, Tensor]:
     """A norm and its number. `given`: what was given the last time, to be given again where it still holds."""
     if choice == "triton":
-        samples = -(-weight.numel() // step)
-        kept_norm, key, fingerprint = kept
-        with backend.on_device_of(weight):
-            _forget_other_weight(key, fingerprint, weight)
-            number, norm = (
-                0,
-                kernel.guarded(
-                    [kept_norm, fingerprint], weight, lora_a, lora_b, scale=scale, samples=samples, sample_step=step
-                ),
-            )
+        number, norm = 0, _guarded(kept, weight, lora_a, lora_b, scale, step)
     else:
-        with backend.no_autocast(weight):
-            number, norm = _compared(kept, weight, lora_a, lora_b, scale, step, given)
+        number, norm = _compared(kept, weight, lora_a, lora_b, scale, step, given)
     if _verifying.get():
         _verify(norm, weight, lora_a, lora_b, scale)
     return number, norm
+
+
+@torch.no_grad()
+def _guarded(kept: list[Tensor], weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, step: int) -> Tensor:
+    kept_norm, key, fingerprint = kept
+    samples = -(-weight.numel() // step)
+    with backend.on_device_of(weight):
+        _forget_other_weight(key, fingerprint, weight)
+        return kernel.guarded(
+            [kept_norm, fingerprint], weight, lora_a, lora_b, scale=scale, samples=samples, sample_step=step
+        )
 
 
 @torch.library.custom_op("hylorada::kept_column_norm", mutates_args=("kept",))
@@ -241,10 +244,11 @@ def _compared(
         found = _look(kept, weight, lora_a, lora_b, scale, step)
         if found.is_current:
             return given if given is not None and given[0] == found.number else (found.number, kept[0].clone())
-        # an interrupt on the way leaves a key that fits nothing
-        kept[-1].zero_()
-        ((norm, base),) = eager.norms_and_bases([eager.Layer(weight.detach(), lora_a, lora_b, scale, found.base)])
-        return _keep(kept, found, lora_a, lora_b, norm, base), norm
+        with torch.no_grad(), backend.no_autocast(weight):
+            # an interrupt on the way leaves a key that fits nothing
+            kept[-1].zero_()
+            ((norm, base),) = eager.norms_and_bases([eager.Layer(weight, lora_a, lora_b, scale, found.base)])
+            return _keep(kept, found, lora_a, lora_b, norm, base), norm
 
 
 class _Found(NamedTuple):
@@ -309,6 +313,7 @@ def sample_of(weight: Tensor, step: int) -> Tensor:
     return weight.T.reshape(-1)[::step]
 
 
+@torch.no_grad()
 def _verify(norm: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> None:
     fresh = column_norm(weight.detach(), lora_a, lora_b, scale=scale)
     if not torch.allclose(norm, fresh, rtol=1e-4, atol=0, equal_nan=True):
