@@ -2,7 +2,7 @@
 
     pytest benchmarks/bench_training_step.py -k every_step --results benchmarks/results
 
-(likewise accumulation, where 8 micro-batches share a norm; checkpointing; memory). The models are built as a user
+(likewise accumulation, where 8 micro-batches share a norm; checkpointing; both; memory). The models are built as a user
 would: `peft.get_peft_model`, and `HyLoRADAModel` with its position bias off, as PEFT has none, and on. Rank 8, fp32
 adapters, fused AdamW, the default of transformers' trainer. Loss and gradients are compared with PEFT DoRA's before
 anything is timed.
@@ -30,7 +30,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 SETTINGS = {"fp32 512": (torch.float32, 512), "bf16 512": (torch.bfloat16, 512), "bf16 128": (torch.bfloat16, 128)}
 # norm-wise, of the gradients of every A, after 30 layers that round in their own ways
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 0.1}
-MICRO_BATCHES = {"every_step": 1, "accumulation": 8, "checkpointing": 1}
+MICRO_BATCHES = {"every_step": 1, "accumulation": 8, "checkpointing": 1, "both": 8}
 SECONDS_PER_SETTING = 100.0
 
 
@@ -125,14 +125,14 @@ def test_training_step(benchmark, record, paired, mode, setting):
     base, _ = load_pretrained(SMOLLM2, dtype)
     models, batch = contenders(base), batch_of(tokens)
     assert_agreement(models["peft dora"], models["hylorada"], batch, dtype)
-    if mode == "accumulation":
+    if MICRO_BATCHES[mode] > 1:
         # each call is long
         del models["frozen"], models["hylorada with position bias"]
-    if mode == "checkpointing":
+    if mode in ("checkpointing", "both"):
         for model in models.values():
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     steps = {name: training_step(model, batch, MICRO_BATCHES[mode]) for name, model in models.items()}
-    times = paired(steps, SECONDS_PER_SETTING, fewest=2 if mode == "accumulation" else 6, warmup=1)
+    times = paired(steps, SECONDS_PER_SETTING, fewest=2 if MICRO_BATCHES[mode] > 1 else 6, warmup=1)
     values = {"peft lora, ms": 1e3 * statistics.median(times["peft lora"])}
     for name in models:
         if name != "peft lora":
