@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hylorada_kernels.nn import HybridLinear, refresh
+from hylorada_kernels.layer_cache import refresh
+from hylorada_kernels.nn import HybridLinear
 
 from . import hub, storage
 from .components import COMPONENTS, BaseComponent, Component, groups_of

@@ -11,11 +11,11 @@ layers keep in one go, before the first of them runs. Each layer still looks for
 """
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import backend, norm_cache
 from .norm_cache import NormCache
@@ -89,54 +89,84 @@ class LayerCache:
         return {"norms": self.norms, "_kept": None}
 
 
-@torch.no_grad()
-def refresh(layers: Iterable[tuple[LayerCache, Operands]]) -> None:
-    """Make anew together what several layers keep, on the CPU, where it is stale.
+class Keeper:
+    """A module that keeps norms and gains: `refresh` looks for such."""
 
-    Nothing is done where the first layer's norm still holds; then no other is looked at. Not to be traced.
+    def kept(self) -> Iterator[tuple[LayerCache, Operands]]:
+        """What is kept for the next forward, and what it is made of."""
+        raise NotImplementedError
+
+
+def refresh(model: nn.Module) -> None:
+    """Make anew in one go what a model's layers keep, where the first one's norm has become stale.
+
+    Worth a call before the forward that follows an optimizer step on a CPU, where small layers make it in less time
+    together than one by one between their products; `HyLoRADAModel` and models of PEFT with HyLoRADA's layers call it
+    by themselves. It changes no bit of a result: each layer looks at its own tensors in its forward, as always, and
+    makes there what is not up to date. Layers that have not run on a CPU before are left alone, and all if the first is
+    one of them.
     """
+    if torch.compiler.is_compiling():
+        return
     given: list[tuple[LayerCache, Operands]] = []
-
-    def norms() -> Iterator[tuple[NormCache, Layer]]:
-        for cache, operands in layers:
-            if operands.magnitude is None:
-                continue
-            given.append((cache, operands))
-            yield cache.norms, Layer(operands.weight, operands.lora_a, operands.lora_b, operands.scale)
-
     groups: dict[tuple, list[tuple[LayerCache, Operands, Tensor]]] = {}
-    for place, norm in norm_cache.refresh(norms()).items():
+    for place, norm in norm_cache.refresh(_in_use(model, given)).items():
         cache, operands = given[place]
         key = norm.dtype, operands.magnitude.dtype, operands.blend is None
         groups.setdefault(key, []).append((cache, operands, norm))
     with _lock:
         for group in groups.values():
             for cache, *_ in group:
+                # freed first, unless a graph still needs it
                 cache._kept = None
             kept = _gains([operands for _, operands, _ in group], [norm for *_, norm in group])
             for (cache, *_), own in zip(group, kept, strict=True):
                 cache._kept = own
 
 
+def _in_use(model: nn.Module, given: list[tuple[LayerCache, Operands]]) -> Iterator[tuple[NormCache, Layer]]:
+    """The layers that have kept a gain, until the first is not one of them. `given` takes them too."""
+    keepers = (module for module in model.modules() if isinstance(module, Keeper))
+    for keeper in keepers:
+        for cache, operands in keeper.kept():
+            if cache._kept is not None and _is_whole(operands):
+                given.append((cache, operands))
+                yield cache.norms, Layer(operands.weight, operands.lora_a, operands.lora_b, operands.scale)
+        if not given:
+            return
+
+
+def _is_whole(operands: Operands) -> bool:
+    """Between its forwards a sharded layer's parameters may be flat, or without their storage."""
+    weight, lora_a, lora_b, magnitude, blend, *_ = operands
+    tensors = (weight, lora_a, lora_b, magnitude, *(() if blend is None else (blend,)))
+    return (
+        magnitude.shape == weight.shape[:1]
+        and (blend is None or blend.numel() == 1)
+        and all(tensor.untyped_storage().nbytes() >= tensor.nbytes for tensor in tensors)
+    )
+
+
 @torch.no_grad()
 def _gains(layers: Sequence[Operands], norms: Sequence[Tensor]) -> list[_Kept]:
     """What is of the size of a row is made for all layers in one call, with the bits that it would have alone."""
-    rows = [len(norm) for norm in norms]
-    # a copy, even of one alone
-    magnitude = torch.cat([operands.magnitude for operands in layers])
-    blends = [operands.blend for operands in layers]
-    blend = blends[0]
-    if len(layers) > 1 and blend is not None:
-        blend = torch.cat([each.expand(n) for each, n in zip(blends, rows, strict=True)])
-    norm, kept = joined(norms), []
+    rows, kept = [len(norm) for norm in norms], []
+    norm = joined(norms)
     with backend.no_autocast(norm):
-        gain = eager.gain_of(eager.row_gain(magnitude, blend, norm), magnitude, blend, norm)
+        # copies, even of one alone: what is made is made of them
+        magnitude = torch.cat([operands.magnitude for operands in layers])
+        blends = [None if operands.blend is None else operands.blend.clone() for operands in layers]
+        betas = [eager.gate(blend, norm.dtype) for blend in blends]
+        beta = betas[0]
+        if len(layers) > 1 and beta is not None:
+            beta = torch.cat([each.expand(n) for each, n in zip(betas, rows, strict=True)])
+        gain = eager.gain_of(eager.row_gain(magnitude, beta, norm), magnitude, beta, norm)
         has_small = _has_small(gain.gain)
         parts = [
             [None] * len(rows) if part is None else part.split(rows)
             for part in (gain.gain, gain.by_magnitude, gain.by_blend, magnitude)
         ]
-        for operands, own_norm, own_blend, *own, own_magnitude in zip(layers, norms, blends, *parts, strict=True):
+        for operands, own_norm, blend, *own, own_magnitude in zip(layers, norms, blends, *parts, strict=True):
             own_gain = eager.Gain(*own, has_small=has_small and _has_small(own[0]))
             if own_gain.by_blend is not None:
                 # its dot product depends on where it lies
@@ -146,8 +176,7 @@ def _gains(layers: Sequence[Operands], norms: Sequence[Tensor]) -> list[_Kept]:
                 own_gain = eager.with_scaled_weight(own_gain, weight, lora_a, lora_b, scale)
             else:
                 own_gain = eager.with_factors(own_gain, lora_a, lora_b, scale, weight.dtype)
-            copies = [own_magnitude, None if own_blend is None else own_blend.clone()]
-            kept.append(_Kept(own_gain, own_norm, copies))
+            kept.append(_Kept(own_gain, own_norm, [own_magnitude, blend]))
     return kept
 
 

@@ -1,13 +1,13 @@
 """Thin modules over the ops: they own the parameters and call one op; no mathematics is done here."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import layer_cache
-from .layer_cache import LayerCache, Operands
+from .layer_cache import Keeper, LayerCache, Operands
 from .ops.hybrid_linear.eager import scale_rows
 from .ops.hybrid_linear.op import TOKEN_SCALE_TARGETS, adapted_weight, hybrid_linear
 from .ops.shifted_attention.op import shifted_attention
@@ -16,7 +16,7 @@ INITS = ("orthogonal", "kaiming")
 BLEND_INIT = 0.1
 
 
-class HybridLinear(nn.Module):
+class HybridLinear(nn.Module, Keeper):
     """A frozen linear layer with a trainable low-rank update; see `hylorada_kernels.hybrid_linear` for the formula.
 
     It holds the base layer's own weight and bias (the same Parameters, frozen) and computes exactly what the base
@@ -192,6 +192,11 @@ class HybridLinear(nn.Module):
         linear.weight, linear.bias = self.weight, self.bias
         return linear.train(self.training)
 
+    def kept(self) -> Iterator[tuple[LayerCache, Operands]]:
+        """See `layer_cache.refresh`."""
+        if self._keeps():
+            yield self._cache, self._operands()
+
     def extra_repr(self) -> str:
         kind = "lora" if self.magnitude is None else "dora" if self.residual_weight is None else "hylorada"
         return (
@@ -231,19 +236,6 @@ class HybridLinear(nn.Module):
             )
         y = scale_rows(F.linear(x, self._base()), token_scale)
         return y if self.bias is None else y + self.bias.to(y.dtype)
-
-
-def refresh(model: nn.Module) -> None:
-    """Make anew in one go what the HybridLinears of a model keep, where the first one's has become stale.
-
-    Worth a call before the forward that follows an optimizer step on a CPU, where small layers make it in less time
-    together than one by one between their products. It changes no bit of a result: each layer looks at its own tensors
-    in its forward, as always, and makes there what is not up to date. On a GPU it does nothing. `HyLoRADAModel` and
-    PEFT models that HyLoRADA accelerates call it by themselves.
-    """
-    if not torch.compiler.is_compiling():
-        layers = (module for module in model.modules() if isinstance(module, HybridLinear))
-        layer_cache.refresh((layer._cache, layer._operands()) for layer in layers if layer._keeps())
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -88,9 +88,7 @@ class NormCache:
 
     def _kept(self, weight: Tensor, lora_a: Tensor, lora_b: Tensor, choice: str) -> tuple[list[Tensor], int]:
         """What is kept for tensors of this layout, and the distance between two samples."""
-        layout = (
-            choice, weight.device, weight.dtype, weight.shape, lora_a.dtype, lora_a.shape, lora_b.dtype, lora_b.shape,
-        )  # fmt: skip
+        layout = _layout(weight, lora_a, lora_b, choice)
         # one assignment: another thread sees the old state or the new one
         kept, kept_layout, step = self._state
         if not kept or kept_layout != layout:
@@ -104,35 +102,6 @@ class NormCache:
         return {"_state": ([], (), 1), "_given": None}
 
 
-def refresh(layers: Iterable[tuple[NormCache, eager.Layer]]) -> dict[int, Tensor]:
-    """Make the stale norms of several layers anew together, on the CPU. -> the new ones by their place.
-
-    Nothing is done where the first layer's norm still holds, or where it is not one that the eager path keeps; then no
-    other is looked at. A norm has the bits that `NormCache.norm` would have made, and is what that gives from now on.
-    """
-    stale: list[_Stale] = []
-    groups: dict[torch.dtype, list[_Stale]] = {}
-    with torch.no_grad(), _lock:
-        for place, (cache, layer) in enumerate(layers):
-            if _keeps_directly(layer):
-                kept, step = cache._kept(layer.weight, layer.lora_a, layer.lora_b, "eager")
-                found = _look(kept, layer.weight, layer.lora_a, layer.lora_b, layer.scale, step)
-                if not found.is_current:
-                    stale.append(_Stale(place, cache, layer._replace(base=found.base), kept, found))
-            if not stale:
-                break
-        for entry in stale:
-            # an interrupt on the way leaves keys that fit nothing
-            entry.kept[-1].zero_()
-            groups.setdefault(eager.accumulation_dtype(entry.layer.weight), []).append(entry)
-        for group in groups.values():
-            with backend.no_autocast(group[0].layer.weight):
-                made = eager.norms_and_bases([entry.layer for entry in group])
-            for (_, cache, layer, kept, found), (norm, base) in zip(group, made, strict=True):
-                cache._given = _keep(kept, found, layer.lora_a, layer.lora_b, norm, base), norm
-        return {entry.place: entry.cache._given[1] for entry in stale}
-
-
 class _Stale(NamedTuple):
     place: int
     cache: NormCache
@@ -141,17 +110,51 @@ class _Stale(NamedTuple):
     found: "_Found"
 
 
-def _keeps_directly(layer: eager.Layer) -> bool:
-    """Whether the eager path keeps the norm of these tensors, which are whole: a sharded layer's may be empty."""
+def refresh(layers: Iterable[tuple[NormCache, eager.Layer]]) -> dict[int, Tensor]:
+    """Make the stale norms of several layers anew together, on the CPU. -> the new ones by their place.
+
+    Nothing is done where the first layer's norm still holds, or is not one that the eager path has given for such
+    tensors before; then no other is looked at. A norm has the bits that `NormCache.norm` would have made, and is what
+    that gives from now on.
+    """
+    stale: list[_Stale] = []
+    groups: dict[torch.dtype, list[_Stale]] = {}
+    fresh: dict[int, Tensor] = {}
+    with torch.no_grad(), _lock:
+        for place, (cache, layer) in enumerate(layers):
+            if _has_given(cache, layer):
+                kept, _, step = cache._state
+                found = _look(kept, layer.weight, layer.lora_a, layer.lora_b, layer.scale, step)
+                if not found.is_current:
+                    stale.append(_Stale(place, cache, layer, kept, found))
+            if not stale:
+                break
+        for entry in stale:
+            groups.setdefault(eager.accumulation_dtype(entry.layer.weight), []).append(entry)
+        for group in groups.values():
+            with backend.no_autocast(group[0].layer.weight):
+                made = eager.norms_and_bases([_begin(entry.kept, entry.found, entry.layer) for entry in group])
+            for entry, (norm, base) in zip(group, made, strict=True):
+                entry.cache._given = _end(entry.kept, entry.found, norm, base), norm
+                fresh[entry.place] = norm
+    return fresh
+
+
+def _has_given(cache: NormCache, layer: eager.Layer) -> bool:
     weight, lora_a, lora_b, *_ = layer
-    is_whole = weight.dim() == 2 and (weight.shape[1], weight.shape[0]) == (lora_a.shape[-1], lora_b.shape[0])
     return (
-        is_whole
-        and weight.is_cpu
+        cache._given is not None
         and backend.choose(weight) == "eager"
         and _can_keep(weight, lora_a, lora_b, "eager")
+        and cache._state[1] == _layout(weight, lora_a, lora_b, "eager")
         and not torch.is_inference_mode_enabled()
     )
+
+
+def _layout(weight: Tensor, lora_a: Tensor, lora_b: Tensor, choice: str) -> tuple:
+    return (
+        choice, weight.device, weight.dtype, weight.shape, lora_a.dtype, lora_a.shape, lora_b.dtype, lora_b.shape,
+    )  # fmt: skip
 
 
 def _can_keep(weight: Tensor, lora_a: Tensor, lora_b: Tensor, choice: str) -> bool:
@@ -245,10 +248,9 @@ def _compared(
         if found.is_current:
             return given if given is not None and given[0] == found.number else (found.number, kept[0].clone())
         with torch.no_grad(), backend.no_autocast(weight):
-            # an interrupt on the way leaves a key that fits nothing
-            kept[-1].zero_()
-            ((norm, base),) = eager.norms_and_bases([eager.Layer(weight, lora_a, lora_b, scale, found.base)])
-            return _keep(kept, found, lora_a, lora_b, norm, base), norm
+            layer = _begin(kept, found, eager.Layer(weight, lora_a, lora_b, scale))
+            ((norm, base),) = eager.norms_and_bases([layer])
+            return _end(kept, found, norm, base), norm
 
 
 class _Found(NamedTuple):
@@ -273,12 +275,20 @@ def _look(kept: list[Tensor], weight: Tensor, lora_a: Tensor, lora_b: Tensor, sc
     return _Found(is_current, number, base if is_same_weight else None, sample, key)
 
 
-def _keep(kept: list[Tensor], found: _Found, lora_a: Tensor, lora_b: Tensor, norm: Tensor, base: Tensor) -> int:
+def _begin(kept: list[Tensor], found: _Found, layer: eager.Layer) -> eager.Layer:
+    """-> what the new norm is to be made of: copies of the factors, which nobody changes meanwhile."""
+    _, _, kept_a, kept_b, _, kept_key = kept
+    # an interrupt on the way leaves a key that fits nothing
+    kept_key.zero_()
+    kept_a.copy_(layer.lora_a)
+    kept_b.copy_(layer.lora_b)
+    return layer._replace(lora_a=kept_a, lora_b=kept_b, base=found.base)
+
+
+def _end(kept: list[Tensor], found: _Found, norm: Tensor, base: Tensor) -> int:
     """-> the number of the norm."""
-    kept_norm, kept_base, kept_a, kept_b, kept_sample, kept_key = kept
+    kept_norm, kept_base, _, _, kept_sample, kept_key = kept
     kept_norm.copy_(norm)
-    kept_a.copy_(lora_a)
-    kept_b.copy_(lora_b)
     if found.base is None:
         kept_base.copy_(base)
         kept_sample.copy_(found.sample)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hylorada_kernels import backend, hybrid_linear
-from hylorada_kernels.layer_cache import LayerCache, Operands
+from hylorada_kernels.layer_cache import Keeper, LayerCache, Operands
 
 from .peft_files import export_adapter, export_lora, import_adapter
-from .peft_tuner import HyLoRADALinear, HyLoRADAPeftConfig, Keeper, refresh_before_forward, stop_refreshing
+from .peft_tuner import HyLoRADALinear, HyLoRADAPeftConfig, refresh_before_forward, stop_refreshing
 
 try:
     from peft.tuners.lora.dora import DoraLinearLayer
@@ -130,7 +130,9 @@ class FusedLinear(Linear, Keeper):
             return super().forward(x, *args, **kwargs)
         norm = kept_gain = None
         if operands.magnitude is not None and not self._is_replica:
-            norm, kept_gain = self._cache(operands.adapter).norm_and_gain(operands.of_norm())
+            if operands.adapter not in self._hylorada_kept:
+                self._hylorada_kept[operands.adapter] = LayerCache()
+            norm, kept_gain = self._hylorada_kept[operands.adapter].norm_and_gain(operands.of_norm())
         return hybrid_linear(
             x,
             operands.weight,
@@ -145,14 +147,10 @@ class FusedLinear(Linear, Keeper):
         )
 
     def kept(self) -> Iterator[tuple[LayerCache, Operands]]:
-        operands = _operands(self, self.training)
-        if not isinstance(operands, str) and operands.magnitude is not None and not self._is_replica:
-            yield self._cache(operands.adapter), operands.of_norm()
-
-    def _cache(self, adapter: str) -> LayerCache:
-        if adapter not in self._hylorada_kept:
-            self._hylorada_kept[adapter] = LayerCache()
-        return self._hylorada_kept[adapter]
+        """See `hylorada_kernels.layer_cache.refresh`."""
+        operands = _operands(self, self.training) if self._hylorada_kept and not self._is_replica else ""
+        if not isinstance(operands, str) and operands.adapter in self._hylorada_kept:
+            yield self._hylorada_kept[operands.adapter], operands.of_norm()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """PEFT's, and what was kept for the adapter is forgotten."""

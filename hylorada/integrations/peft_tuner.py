@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from hylorada_kernels import column_norm, hybrid_linear
-from hylorada_kernels.layer_cache import LayerCache, Operands, refresh
+from hylorada_kernels.layer_cache import Keeper, LayerCache, Operands, refresh
 from hylorada_kernels.nn import BLEND_INIT, init_lora_a, lora_scale
 from hylorada_kernels.ops.hybrid_linear.op import adapted_weight
 
@@ -142,14 +142,6 @@ class _Operands(NamedTuple):
     config: HyLoRADAPeftConfig
 
 
-class Keeper:
-    """A layer that keeps norms and gains between optimizer steps."""
-
-    def kept(self) -> Iterator[tuple[LayerCache, Operands]]:
-        """What is kept of the active adapters, and what it is made of."""
-        raise NotImplementedError
-
-
 def refresh_before_forward(model: nn.Module) -> None:
     """Have what a model's layers keep made anew together, where an optimizer step has made it stale."""
     if _refresh not in model._forward_pre_hooks.values():
@@ -157,15 +149,16 @@ def refresh_before_forward(model: nn.Module) -> None:
 
 
 def stop_refreshing(model: nn.Module) -> None:
-    """Undo `refresh_before_forward` of the model and of its parts."""
+    """Undo `refresh_before_forward` of the model and its parts, but for those that keep something still."""
     for module in model.modules():
-        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _refresh]:
-            del module._forward_pre_hooks[key]
+        hooks = module._forward_pre_hooks
+        if _refresh in hooks.values() and not any(isinstance(part, Keeper) for part in module.modules()):
+            for key in [key for key, hook in hooks.items() if hook is _refresh]:
+                del hooks[key]
 
 
 def _refresh(model: nn.Module, _: Any) -> None:
-    if not torch.compiler.is_compiling():
-        refresh(entry for module in model.modules() if isinstance(module, Keeper) for entry in module.kept())
+    refresh(model)
 
 
 class HyLoRADALinear(nn.Module, BaseTunerLayer, Keeper):
@@ -304,6 +297,7 @@ class HyLoRADALinear(nn.Module, BaseTunerLayer, Keeper):
         return None
 
     def kept(self) -> Iterator[tuple[LayerCache, Operands]]:
+        """See `hylorada_kernels.layer_cache.refresh`."""
         if not (self.disable_adapters or self.merged):
             for name in filter(self._keeps, self._present(self.active_adapters)):
                 a, b, magnitude, blend, config = self._operands(name)
@@ -435,6 +429,10 @@ class HyLoRADAPeftModel(BaseTuner):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         refresh_before_forward(self.model)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's, with its hooks, which PEFT 0.18 leaves out."""
+        return self.model(*args, **kwargs)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)

@@ -224,8 +224,8 @@ def test_small_gains_and_large_biases_keep_the_gradient_exact(backend, bias):
 
 def kept_gain_of(given, *, scale_weight=True):
     norm = column_norm(given.weight, given.lora_a, given.lora_b, scale=given.scale)
-    row_gain = eager.row_gain(given.magnitude, given.blend, norm)
-    gain = eager.gain_of(row_gain, given.magnitude, given.blend, norm)
+    beta = eager.gate(given.blend, norm.dtype)
+    gain = eager.gain_of(eager.row_gain(given.magnitude, beta, norm), given.magnitude, beta, norm)
     if not scale_weight:
         return gain
     return eager.with_scaled_weight(gain, given.weight, given.lora_a, given.lora_b, given.scale)

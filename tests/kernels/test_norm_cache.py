@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hylorada_kernels import HybridLinear, column_norm, norm_cache, using
-from hylorada_kernels.nn import refresh
+from hylorada_kernels.layer_cache import refresh
 from hylorada_kernels.ops.column_norm import eager
 from hylorada_kernels.ops.hybrid_linear import eager as linear_eager
 from hylorada_kernels.testing import interpreter, relative_error
@@ -201,7 +201,7 @@ def test_no_change_goes_unnoticed(event, keep_scaled_weight, is_refreshed):
 
 
 def several_layers(backend):
-    """Layers that differ in all that a layer may differ in; what they keep is stale."""
+    """Layers that differ in all that a layer may differ in and have run once; what they keep is stale."""
     torch.manual_seed(0)
     linears = {
         "plain": (nn.Linear(24, 16), {}),
@@ -225,10 +225,13 @@ def several_layers(backend):
         layers[name] = HybridLinear.from_linear(linear, **({"rank": 4} | options))
     layers["rows with gaps"].weight.data = torch.randn(130, 30)[:, :24]
     with torch.no_grad():
-        for layer in layers.values():
+        for place, layer in enumerate(layers.values()):
+            layer(torch.zeros(1, layer.in_features, dtype=layer.weight.dtype))
             layer.lora_b.normal_(std=0.3)
             if layer.magnitude is not None:
                 layer.magnitude.mul_(torch.linspace(0.5, 1.5, layer.out_features))
+            if layer.residual_weight is not None:
+                layer.residual_weight.fill_(1.7 * place - 9.3)
         layers["a gain of zero"].magnitude[3] = 0.0
         layers["a row of zeros"].weight[2] = 0.0
         layers["a row of zeros"].lora_b[2] = 0.0
@@ -270,6 +273,9 @@ def test_layers_refreshed_together_have_the_bits_that_each_would_have_made(backe
 
 def test_a_refresh_makes_what_is_stale_where_the_first_is(backend, norms_made):
     layers, x = nn.ModuleList(layer_and_input()[0] for _ in range(3)), layer_and_input()[1]
+    for layer in layers:
+        layer(x)
+        layer.lora_b.data.mul_(2)
     refresh(layers)
     gains = [layer._cache._kept for layer in layers]
     assert (None not in gains) == (backend == "eager")
@@ -296,7 +302,10 @@ def test_a_refresh_in_inference_mode_leaves_training_as_it_was():
     assert layer.lora_a.grad is not None
 
 
-def test_an_interrupted_refresh_leaves_nothing_that_is_stale(monkeypatch):
+@pytest.mark.parametrize(
+    ("module", "name"), [(eager, "norms_and_bases"), (norm_cache, "_end"), (linear_eager, "gain_of")], ids=str
+)
+def test_an_interrupted_refresh_leaves_nothing_that_is_stale(backend, monkeypatch, module, name):
     layer, x = layer_and_input()
     layer(x)
     layer.lora_b.data.mul_(2)
@@ -304,22 +313,55 @@ def test_an_interrupted_refresh_leaves_nothing_that_is_stale(monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    for module, name in ((eager, "norms_and_bases"), (linear_eager, "gain_of")):
-        with monkeypatch.context() as patch:
-            patch.setattr(module, name, interrupt)
-            with contextlib.suppress(KeyboardInterrupt):
-                refresh(layer)
-        assert torch.equal(layer(x), uncached(layer, x))
-
-
-def test_tensors_that_are_not_whole_are_left_alone():
-    """As a sharded layer's parameters are outside of its forward."""
-    layer, x = layer_and_input()
-    whole = layer.weight.data
-    layer.weight.data = torch.empty(0)
-    refresh(layer)
-    layer.weight.data = whole
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(KeyboardInterrupt) if backend == "eager" else contextlib.nullcontext(),
+    ):
+        patch.setattr(module, name, interrupt)
+        refresh(layer)
     assert torch.equal(layer(x), uncached(layer, x))
+
+
+@pytest.mark.parametrize("name", ["weight", "lora_a", "lora_b", "magnitude", "residual_weight"])
+def test_tensors_that_are_not_there_are_left_alone(norms_made, name):
+    """As a sharded layer's parameters are outside of its forward: flat, or without their storage."""
+    layer, x = layer_and_input()
+    layer(x)
+    layer.lora_b.data.mul_(2)
+    before, parameter = norms_made(), getattr(layer, name)
+    whole = parameter.detach().clone()
+    parameter.untyped_storage().resize_(0)
+    refresh(layer)
+    parameter.data = torch.empty(0)
+    refresh(layer)
+    assert norms_made() == before
+    parameter.data = whole
+    assert torch.equal(layer(x), uncached(layer, x))
+
+
+def test_layers_that_run_compiled_are_left_alone(norms_made):
+    layer, x = layer_and_input()
+    torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+    layer.lora_b.data.mul_(2)
+    before = norms_made()
+    refresh(layer)
+    assert norms_made() == before and layer._cache._kept is None
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_any_dtype_of_the_magnitude_works_under_autocast(dtype):
+    layer, x = layer_and_input()
+    layer.magnitude.data, layer.residual_weight.data = (
+        layer.magnitude.data.to(dtype),
+        layer.residual_weight.data.to(dtype),
+    )
+    for other in (torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", dtype=other):
+            y = layer(x)
+            layer.lora_b.data.mul_(2)
+            refresh(nn.ModuleList([layer, copy.deepcopy(layer)]))
+            assert not torch.equal(layer(x), y)
 
 
 def test_an_edit_in_the_open_that_misses_the_sample_is_noticed(backend):

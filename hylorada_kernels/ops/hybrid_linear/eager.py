@@ -76,7 +76,7 @@ def forward(
     if magnitude is not None:
         if norm is None:
             norm = own_norm = column_norm.forward(weight, lora_a, lora_b, scale=scale)
-        gain = row_gain(magnitude, blend, norm) if kept_gain is None else kept_gain.gain
+        gain = row_gain(magnitude, gate(blend, norm.dtype), norm) if kept_gain is None else kept_gain.gain
     down, up, rest = _factors(lora_a, lora_b, scale, x.dtype, kept_gain)
     is_scaled = kept_gain is not None and kept_gain.scaled is not None
     if is_scaled:
@@ -139,7 +139,7 @@ def backward(
     wide_weight, wide_up = kept_gain.scaled if is_scaled else (weight, up)
     scaling = None if magnitude is None or is_scaled else gain
     if need_m or need_blend or need_norm:
-        terms = gain_of(gain, magnitude, blend, norm) if kept_gain is None else kept_gain
+        terms = gain_of(gain, magnitude, gate(blend, norm.dtype), norm) if kept_gain is None else kept_gain
         dz, dg, column_sum = _gain_gradient(
             dy, scaling, kept, x, weight, h, up, rest, p_input, p_delta, terms, bias, need_bias
         )
@@ -182,24 +182,26 @@ def backward(
     return [gradient if needed else nothing for gradient, needed in zip(gradients, needs, strict=True)]
 
 
-def row_gain(magnitude: Tensor, blend: Tensor | None, norm: Tensor) -> Tensor:
-    """g = m / n + beta (1 - m / n), beta = sigmoid(blend), in norm's dtype: exactly 1 where m = n.
+def gate(blend: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """beta = sigmoid(blend); None for DoRA, whose beta is 0."""
+    return None if blend is None else blend.to(dtype).sigmoid()
+
+
+def row_gain(magnitude: Tensor, beta: Tensor | None, norm: Tensor) -> Tensor:
+    """g = m / n + beta (1 - m / n), in norm's dtype: exactly 1 where m = n. beta: of all rows, or (O,).
 
     A zero row takes the ratio 1: its output is 0 whatever the gain.
     """
     ratio = (magnitude.to(norm.dtype) / norm).masked_fill_(norm == 0, 1)
-    if blend is None:
-        return ratio
-    return torch.lerp(ratio, torch.ones_like(ratio), blend.to(norm.dtype).sigmoid())
+    return ratio if beta is None else torch.lerp(ratio, torch.ones_like(ratio), beta)
 
 
-def gain_of(gain: Tensor, magnitude: Tensor, blend: Tensor | None, norm: Tensor) -> Gain:
+def gain_of(gain: Tensor, magnitude: Tensor, beta: Tensor | None, norm: Tensor) -> Gain:
     """`row_gain` of the same arguments with its derivatives."""
     # a zero row has no direction: the subgradient is 0
     by_magnitude = norm.reciprocal().nan_to_num_(nan=math.nan, posinf=0.0)
     by_blend = None
-    if blend is not None:
-        beta = blend.to(norm.dtype).sigmoid()
+    if beta is not None:
         by_blend = (norm - magnitude.to(norm.dtype)) * by_magnitude * (beta * (1 - beta))
         by_magnitude *= 1 - beta
     return Gain(gain, by_magnitude, by_blend)
@@ -219,7 +221,7 @@ def adapted_weight(
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     adapted = torch.addmm(weight.to(dtype), lora_b.to(dtype), lora_a.to(dtype), alpha=scale)
     if magnitude is not None:
-        adapted *= row_gain(magnitude, blend, norm)[:, None]
+        adapted *= row_gain(magnitude, gate(blend, norm.dtype), norm)[:, None]
     return adapted.to(weight.dtype)
 
 
