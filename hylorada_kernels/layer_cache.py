@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import backend, norm_cache
 from .norm_cache import NormCache
-from .ops.column_norm.eager import Layer, joined
+from .ops.column_norm.eager import Layer, joined, parted
 from .ops.hybrid_linear import eager
 
 _lock = threading.Lock()
@@ -158,17 +158,17 @@ def _gains(layers: Sequence[Operands], norms: Sequence[Tensor]) -> list[_Kept]:
         blends = [None if operands.blend is None else operands.blend.clone() for operands in layers]
         betas = [eager.gate(blend, norm.dtype) for blend in blends]
         beta = betas[0]
-        if len(layers) > 1 and beta is not None:
+        if len(rows) > 1 and beta is not None:
             beta = torch.cat([each.expand(n) for each, n in zip(betas, rows, strict=True)])
         gain = eager.gain_of(eager.row_gain(magnitude, beta, norm), magnitude, beta, norm)
         has_small = _has_small(gain.gain)
         parts = [
-            [None] * len(rows) if part is None else part.split(rows)
+            [None] * len(rows) if part is None else parted(part, rows)
             for part in (gain.gain, gain.by_magnitude, gain.by_blend, magnitude)
         ]
         for operands, own_norm, blend, *own, own_magnitude in zip(layers, norms, blends, *parts, strict=True):
             own_gain = eager.Gain(*own, has_small=has_small and _has_small(own[0]))
-            if own_gain.by_blend is not None:
+            if len(rows) > 1 and own_gain.by_blend is not None:
                 # its dot product depends on where it lies
                 own_gain = own_gain._replace(by_blend=own_gain.by_blend.clone())
             weight, lora_a, lora_b, scale = operands.weight, operands.lora_a, operands.lora_b, operands.scale

@@ -39,13 +39,13 @@ def norms_and_bases(layers: Sequence[Layer]) -> list[tuple[Tensor, Tensor]]:
 
     Low-precision weights are widened a few rows at a time: a bf16 GEMM would leave an error of 5e-5. The layers are on
     one device and of one `accumulation_dtype`; what is as long as the rows is done for all of them in one call. Every
-    norm has the bits that it would have alone, and is a view of a tensor with the others.
+    norm has the bits that it would have alone, and is a view of a tensor with the others, if there are any.
     """
     dtype = accumulation_dtype(layers[0].weight)
     rows = [len(layer.weight) for layer in layers]
     squared = layers[0].weight.new_empty(sum(rows), dtype=dtype)
     update_sizes, bases = torch.empty_like(squared), []
-    for layer, own_squared, update_size in zip(layers, squared.split(rows), update_sizes.split(rows), strict=True):
+    for layer, own_squared, update_size in zip(layers, parted(squared, rows), parted(update_sizes, rows), strict=True):
         a, b, scale = layer.lora_a.to(dtype), layer.lora_b.to(dtype), layer.scale
         base, product = _base_and_product(layer, a)
         product.addmm_(b, a @ a.T, beta=2 * scale, alpha=scale**2)
@@ -56,10 +56,10 @@ def norms_and_bases(layers: Sequence[Layer]) -> list[tuple[Tensor, Tensor]]:
     cancelled = squared.add_(squares) < CANCELLATION * squares
     cancelled |= squared < INNER_CANCELLATION * update_sizes.square_()
     if cancelled.any():
-        for layer, own_squared, is_bad in zip(layers, squared.split(rows), cancelled.split(rows), strict=True):
+        for layer, own_squared, is_bad in zip(layers, parted(squared, rows), parted(cancelled, rows), strict=True):
             update = layer.lora_b[is_bad].to(dtype) @ layer.lora_a.to(dtype)
             own_squared[is_bad] = layer.weight[is_bad].to(dtype).add_(update, alpha=layer.scale).square().sum(1)
-    return list(zip(squared.sqrt_().split(rows), bases, strict=True))
+    return list(zip(parted(squared.sqrt_(), rows), bases, strict=True))
 
 
 def _base_and_product(layer: Layer, a: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,6 +80,11 @@ def _base_and_product(layer: Layer, a: Tensor) -> tuple[Tensor, Tensor]:
 def joined(tensors: Sequence[Tensor]) -> Tensor:
     """One after the other along the first dimension; one alone as it is."""
     return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
+
+
+def parted(tensor: Tensor, rows: Sequence[int]) -> Sequence[Tensor]:
+    """Views of so many rows each; one alone as it is."""
+    return (tensor,) if len(rows) == 1 else tensor.split(rows)
 
 
 def backward(
