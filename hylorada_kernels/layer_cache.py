@@ -108,10 +108,8 @@ def refresh(model: nn.Module) -> None:
     """
     if torch.compiler.is_compiling():
         return
-    given: list[tuple[LayerCache, Operands]] = []
     groups: dict[tuple, list[tuple[LayerCache, Operands, Tensor]]] = {}
-    for place, norm in norm_cache.refresh(_in_use(model, given)).items():
-        cache, operands = given[place]
+    for (cache, operands), norm in norm_cache.refresh(_in_use(model)):
         key = norm.dtype, operands.magnitude.dtype, operands.blend is None
         groups.setdefault(key, []).append((cache, operands, norm))
     with _lock:
@@ -124,26 +122,27 @@ def refresh(model: nn.Module) -> None:
                 cache._kept = own
 
 
-def _in_use(model: nn.Module, given: list[tuple[LayerCache, Operands]]) -> Iterator[tuple[NormCache, Layer]]:
-    """The layers that have kept a gain, until the first is not one of them. `given` takes them too."""
-    keepers = (module for module in model.modules() if isinstance(module, Keeper))
-    for keeper in keepers:
+def _in_use(model: nn.Module) -> Iterator[tuple[tuple[LayerCache, Operands], NormCache, Layer]]:
+    """The layers that have kept a gain; none if the first has not."""
+    none_yet = True
+    for keeper in filter(lambda module: isinstance(module, Keeper), model.modules()):
         for cache, operands in keeper.kept():
             if cache._kept is not None and _is_whole(operands):
-                given.append((cache, operands))
-                yield cache.norms, Layer(operands.weight, operands.lora_a, operands.lora_b, operands.scale)
-        if not given:
+                none_yet = False
+                layer = Layer(operands.weight, operands.lora_a, operands.lora_b, operands.scale)
+                yield (cache, operands), cache.norms, layer
+        if none_yet:
             return
 
 
 def _is_whole(operands: Operands) -> bool:
     """Between its forwards a sharded layer's parameters may be flat, or without their storage."""
-    weight, lora_a, lora_b, magnitude, blend, *_ = operands
-    tensors = (weight, lora_a, lora_b, magnitude, *(() if blend is None else (blend,)))
+    weight, _, _, magnitude, blend, *_ = operands
     return (
-        magnitude.shape == weight.shape[:1]
+        magnitude is not None
+        and magnitude.shape == weight.shape[:1]
         and (blend is None or blend.numel() == 1)
-        and all(tensor.untyped_storage().nbytes() >= tensor.nbytes for tensor in tensors)
+        and all(each is None or each.untyped_storage().nbytes() >= each.nbytes for each in operands[:5])
     )
 
 

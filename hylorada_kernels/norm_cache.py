@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ if backend.HAS_TRITON:
 WEIGHT_SAMPLES = 512
 # of an eager layer; the last is the number of the norm, by which a copy of it is known
 KEY_LENGTH = 8
+
+Owner = TypeVar("Owner")
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _verifying: ContextVar[bool] = ContextVar("hylorada_verify_norms", default=False)
@@ -103,15 +105,15 @@ class NormCache:
 
 
 class _Stale(NamedTuple):
-    place: int
+    owner: Any
     cache: NormCache
     layer: eager.Layer
     kept: list[Tensor]
     found: "_Found"
 
 
-def refresh(layers: Iterable[tuple[NormCache, eager.Layer]]) -> dict[int, Tensor]:
-    """Make the stale norms of several layers anew together, on the CPU. -> the new ones by their place.
+def refresh(layers: Iterable[tuple[Owner, NormCache, eager.Layer]]) -> list[tuple[Owner, Tensor]]:
+    """Make the stale norms of several layers anew together, on the CPU. -> the new ones, each with whose it is.
 
     Nothing is done where the first layer's norm still holds, or is not one that the eager path has given for such
     tensors before; then no other is looked at. A norm has the bits that `NormCache.norm` would have made, and is what
@@ -119,14 +121,14 @@ def refresh(layers: Iterable[tuple[NormCache, eager.Layer]]) -> dict[int, Tensor
     """
     stale: list[_Stale] = []
     groups: dict[torch.dtype, list[_Stale]] = {}
-    fresh: dict[int, Tensor] = {}
+    fresh: list[tuple[Owner, Tensor]] = []
     with torch.no_grad(), _lock:
-        for place, (cache, layer) in enumerate(layers):
+        for owner, cache, layer in layers:
             if _has_given(cache, layer):
                 kept, _, step = cache._state
                 found = _look(kept, layer.weight, layer.lora_a, layer.lora_b, layer.scale, step)
                 if not found.is_current:
-                    stale.append(_Stale(place, cache, layer, kept, found))
+                    stale.append(_Stale(owner, cache, layer, kept, found))
             if not stale:
                 break
         for entry in stale:
@@ -136,7 +138,7 @@ def refresh(layers: Iterable[tuple[NormCache, eager.Layer]]) -> dict[int, Tensor
                 made = eager.norms_and_bases([_begin(entry.kept, entry.found, entry.layer) for entry in group])
             for entry, (norm, base) in zip(group, made, strict=True):
                 entry.cache._given = _end(entry.kept, entry.found, norm, base), norm
-                fresh[entry.place] = norm
+                fresh.append((entry.owner, norm))
     return fresh
 
 

@@ -148,9 +148,10 @@ class FusedLinear(Linear, Keeper):
 
     def kept(self) -> Iterator[tuple[LayerCache, Operands]]:
         """See `hylorada_kernels.layer_cache.refresh`."""
-        operands = _operands(self, self.training) if self._hylorada_kept and not self._is_replica else ""
-        if not isinstance(operands, str) and operands.adapter in self._hylorada_kept:
-            yield self._hylorada_kept[operands.adapter], operands.of_norm()
+        if self._hylorada_kept and not self._is_replica:
+            operands = _operands(self, self.training)
+            if not isinstance(operands, str) and operands.adapter in self._hylorada_kept:
+                yield self._hylorada_kept[operands.adapter], operands.of_norm()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """PEFT's, and what was kept for the adapter is forgotten."""

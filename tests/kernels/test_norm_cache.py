@@ -350,18 +350,29 @@ def test_layers_that_run_compiled_are_left_alone(norms_made):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_any_dtype_of_the_magnitude_works_under_autocast(dtype):
-    layer, x = layer_and_input()
-    layer.magnitude.data, layer.residual_weight.data = (
-        layer.magnitude.data.to(dtype),
-        layer.residual_weight.data.to(dtype),
-    )
-    for other in (torch.float16, torch.bfloat16):
-        with torch.autocast("cpu", dtype=other):
-            y = layer(x)
+@pytest.mark.parametrize("other", [torch.float16, torch.bfloat16], ids=str)
+def test_any_dtype_of_the_magnitude_works_under_autocast(dtype, other):
+    layers, x = nn.ModuleList(layer_and_input()[0] for _ in range(2)), layer_and_input()[1]
+    for layer in layers:
+        for parameter in (layer.magnitude, layer.residual_weight):
+            parameter.data = parameter.data.to(dtype)
+    with torch.autocast("cpu", dtype=other):
+        before = [layer(x) for layer in layers]
+        for layer in layers:
             layer.lora_b.data.mul_(2)
-            refresh(nn.ModuleList([layer, copy.deepcopy(layer)]))
+        refresh(layers)
+        for layer, y in zip(layers, before, strict=True):
             assert not torch.equal(layer(x), y)
+            assert torch.equal(layer(x), uncached(layer, x))
+
+
+def test_a_layer_whose_magnitude_was_taken_away_is_left_alone():
+    layer, x = layer_and_input(use_blend=False)
+    layer(x)
+    layer.magnitude = None
+    layer.lora_b.data.mul_(2)
+    refresh(layer)
+    assert torch.equal(layer(x), uncached(layer, x))
 
 
 def test_an_edit_in_the_open_that_misses_the_sample_is_noticed(backend):
