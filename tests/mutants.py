@@ -54,13 +54,19 @@ MUTANTS = [
         },
     ),
     *_of(
-        f"{OPS}/_thin.py",
-        f"{KERNEL_TESTS}/test_thin.py",
+        f"{OPS}/_products.py",
+        f"{KERNEL_TESTS}/test_products.py",
         {
             "the rows left over are forgotten": ("whole == rows else", "whole else"),
             "groups of columns are not turned back": ("product.movedim(0, 1).reshape", "product.reshape"),
             "a product is not scaled": ("thin, factor, beta=0, alpha=scale", "thin, factor, beta=0"),
             "nothing is taken in groups": ("BATCH_ELEMENTS = 1 << 19", "BATCH_ELEMENTS = 1 << 40"),
+            "oneDNN's sum misses the bias": ("_onednn(x, weight, bias).addmm_", "_onednn(x, weight).addmm_"),
+            "oneDNN's sum misses the scale": (".addmm_(thin, factor, alpha=scale)", ".addmm_(thin, factor)"),
+            "oneDNN adds nothing": ('weight, None, "add")', 'weight, None, "add") - other'),
+            "oneDNN is never turned off": ("        and torch.backends.mkldnn.enabled\n", ""),
+            "oneDNN is given subclasses": ("        and type(x) in _PLAIN\n        and type(weight) in _PLAIN\n", ""),
+            "every processor takes oneDNN": ('return "AuthenticAMD" in description', "return True"),
         },
     ),
     *_of(

@@ -5,9 +5,10 @@ import torch
 
 from hylorada_kernels import backend as dispatch
 from hylorada_kernels import testing
+from hylorada_kernels.ops import _products
 from hylorada_kernels.testing.poison import poisoned_empty
 
-BACKENDS = ["eager", "triton"]
+BACKENDS = ["eager", "eager-onednn", "triton"]
 if torch.cuda.is_available():
     BACKENDS += [pytest.param(name, marks=pytest.mark.gpu) for name in ("eager-cuda", "triton-cuda")]
 
@@ -18,10 +19,23 @@ def nan_in_uninitialised_memory():
         yield
 
 
+def choose_library(has_onednn: bool, monkeypatch):
+    """Products with or without oneDNN, of any size, whatever the processor."""
+    if has_onednn and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("needs a PyTorch with oneDNN")
+    monkeypatch.setattr(_products, "has_quicker_onednn", lambda: has_onednn)
+    monkeypatch.setattr(_products, "ONEDNN_WORK", 1)
+
+
 @pytest.fixture(params=BACKENDS)
-def backend(request):
-    """ "eager" and "triton" (interpreted) on the CPU; with a GPU both on it too: new tensors then land there."""
+def backend(request, monkeypatch):
+    """ "eager" and "triton" (interpreted) on the CPU; with a GPU both on it too: new tensors then land there.
+
+    "eager" is with MKL's products, or whichever library PyTorch was built with, and with oneDNN's, of any size.
+    """
     name, _, device = request.param.partition("-")
+    choose_library(device == "onednn", monkeypatch)
+    device = device.removeprefix("onednn")
     if name == "triton" and not device:
         if not dispatch.HAS_TRITON:
             pytest.skip("needs Triton")

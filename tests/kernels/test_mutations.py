@@ -20,7 +20,7 @@ EAGER = {
         "_factor_gradient(weighted_h, dz, scale, lora_b",
         "_factor_gradient(weighted_h, dz, 1, lora_b",
     ),
-    "g is dropped in dx": ("dx.addmm_(dz, wide_weight)", "dx.addmm_(dy, wide_weight)"),
+    "g is dropped in dx": ("add_low_rank(dz, wide_weight.T", "add_low_rank(dy, wide_weight.T"),
     "g is dropped in dB": ("_factor_gradient(weighted_h, dz, scale", "_factor_gradient(weighted_h, dy, scale"),
     "the bias is scaled": ("else scaled.add_(bias)", "else scaled.add_(bias * gain)"),
     "the blend is upside down": (

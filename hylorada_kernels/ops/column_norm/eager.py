@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._thin import GROUP, project_down
+from .._products import GROUP, project_down
 
 # below this share of ||W||^2 the expansion may have lost a digit to cancellation; above it n^2 is at least a 17th of
 # the sum of its terms' sizes, whatever B A is. In practice no row ever is

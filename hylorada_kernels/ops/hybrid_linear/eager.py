@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._thin import outer_sum, project_down, project_up
+from .._products import add_linear, add_low_rank, outer_sum, project_down, project_up
 from ..column_norm import eager as column_norm
 
 # below this gain the product z = y / g has lost its digits: it is computed again for those columns
@@ -165,10 +165,11 @@ def backward(
             scaled_dh = dh if p_input is None else scale_rows(dh, p_input)
             da = _factor_gradient(scaled_dh, _thinned(x, mask, dropout_p), rest, lora_a.dtype)
         if need_x or (need_p and p_input is not None):
-            dx = project_up(dh, down, rest)
-            if mask is not None:
-                dx.mul_(mask).mul_(1 / (1 - dropout_p))
-            dx.addmm_(dz, wide_weight)
+            if mask is None:
+                dx = add_low_rank(dz, wide_weight.T, dh, down, rest)
+            else:
+                low = project_up(dh, down, rest).mul_(mask).mul_(1 / (1 - dropout_p))
+                dx = add_linear(low, dz, wide_weight.T)
         if p_input is not None:
             if need_p:
                 dp = (dx * x).sum(1, dtype=token_scale.dtype)
@@ -333,8 +334,7 @@ def _product(
     """z = x W^T + s (p h) B^T (+ bias)."""
     if p_delta is not None:
         h = scale_rows(h, p_delta)
-    low = project_up(h, up, rest) if bias is None else torch.addmm(bias, h, up, alpha=rest)
-    return low.addmm_(x, weight.T)
+    return add_low_rank(x, weight, h, up, rest, bias)
 
 
 def _factor_gradient(
