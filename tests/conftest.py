@@ -1,6 +1,7 @@
 """What every test shares: a fixed seed, few threads, no network, a GPU where one is promised."""
 
 import os
+import sys
 
 # before the first import of transformers: it reads them once
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -26,6 +27,13 @@ def pytest_runtest_setup(item):
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    """What another test compiled would count towards this one's limit of recompilations."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture

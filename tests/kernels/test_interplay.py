@@ -153,7 +153,6 @@ def graphs(counter):
 @pytest.mark.parametrize("compiler", COMPILERS)
 @pytest.mark.parametrize(("dynamic", "allowed"), [(True, 1), (None, 2)])
 def test_other_numbers_of_tokens_need_at_most_one_more_graph(compiler, dynamic, allowed):
-    torch._dynamo.reset()
     layer = trained_layer()
     counter = CompileCounterWithBackend(compiler)
     compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend=counter)
@@ -198,7 +197,6 @@ def test_a_checkpoint_repeats_its_own_dropout_and_no_other_call_does(compiler, f
 @pytest.mark.parametrize("compiler", COMPILERS)
 @pytest.mark.parametrize("parts", [{}, {"magnitude": False, "bias": False, "token_scale": False}], ids=["all", "lora"])
 def test_the_compiled_op_is_the_op(compiler, parts):
-    torch._dynamo.reset()
     counter = CompileCounterWithBackend(compiler)
     compiled = torch.compile(hybrid_linear, fullgraph=True, dynamic=True, backend=counter)
     for tokens in (7, 5, 12):

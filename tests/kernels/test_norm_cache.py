@@ -346,7 +346,6 @@ def test_layers_that_run_compiled_are_left_alone(norms_made):
     before = norms_made()
     refresh(layer)
     assert norms_made() == before and layer._cache._kept is None
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
