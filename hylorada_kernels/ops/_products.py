@@ -49,17 +49,21 @@ def add_low_rank(
     return low.addmm_(x, weight.T)
 
 
-def project_down(wide: Tensor, factor: Tensor, *, batch_from: int = BATCH_ELEMENTS) -> Tensor:
-    """wide @ factor.T: (T, K) and (R, K) -> (T, R). `batch_from`: the fewest elements of a matrix to take in groups."""
+def project_down(wide: Tensor, factor: Tensor, *, in_groups: bool = False) -> Tensor:
+    """wide @ factor.T: (T, K) and (R, K) -> (T, R).
+
+    `in_groups`: where R is thin, whatever the size and the library. A weight that was just widened is taken best so.
+    """
     (rows, _), rank = wide.shape, factor.shape[0]
-    if _suits_onednn(wide, factor):
+    is_thin = _is_thin(wide, rank)
+    if not (is_thin and in_groups) and _suits_onednn(wide, factor):
         return _onednn(wide, factor)
-    if not _is_thin(wide, rank):
+    if not is_thin:
         return F.linear(wide, factor)
     # by thin columns no vector is filled
     factor = factor.contiguous()
     whole = rows - rows % GROUP
-    if not whole or wide.numel() < batch_from:
+    if not whole or not (in_groups or wide.numel() >= BATCH_ELEMENTS):
         return F.linear(wide, factor)
     groups = wide[:whole].unflatten(0, (-1, GROUP))
     product = torch.bmm(factor.expand(len(groups), -1, -1), groups.mT).mT.contiguous().view(whole, rank)

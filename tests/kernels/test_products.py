@@ -47,7 +47,7 @@ def test_every_way_is_the_product(library, shape, rank, dtype, is_transposed):
     exact_wide, exact_thin, exact_factor = wide.double(), thin.double(), factor.double()
     found = {
         "down": (products.project_down(wide, factor), exact_wide @ exact_factor.T),
-        "down, in groups": (products.project_down(wide, factor, batch_from=0), exact_wide @ exact_factor.T),
+        "down, in groups": (products.project_down(wide, factor, in_groups=True), exact_wide @ exact_factor.T),
         "up": (products.project_up(thin, factor), exact_thin @ exact_factor),
         "up, scaled": (products.project_up(thin, factor, 0.3), 0.3 * exact_thin @ exact_factor),
         "outer": (products.outer_sum(thin, wide), exact_thin.T @ exact_wide),
@@ -106,6 +106,14 @@ def test_mkl_takes_large_matrices_and_thin_factors_in_groups(call, shape, rank, 
     choose_library(False, monkeypatch)
     wide, thin, factor = operands(shape, rank, torch.float32)
     assert ("aten::bmm" in operations(lambda: call(wide, thin, factor))) == is_batched
+
+
+@pytest.mark.parametrize(("rank", "is_batched"), [(8, True), (products.THIN_RANK, False)])
+def test_groups_can_be_asked_for_whatever_size_and_library(library, rank, is_batched):
+    wide, _, factor = operands("whole groups", rank, torch.float32)
+    found = operations(lambda: products.project_down(wide[:128], factor, in_groups=True))
+    assert ("aten::bmm" in found) == is_batched
+    assert (ONEDNN in found) == (library == "onednn" and not is_batched)
 
 
 ONEDNN = "mkldnn::_linear_pointwise"

@@ -65,16 +65,15 @@ def norms_and_bases(layers: Sequence[Layer]) -> list[tuple[Tensor, Tensor]]:
 def _base_and_product(layer: Layer, a: Tensor) -> tuple[Tensor, Tensor]:
     """-> ||W||^2 of every row, (O,), and W A^T, (O, R)."""
     weight, base = layer.weight, layer.base
-    product = a.new_empty(len(weight), len(a))
-    squares = a.new_empty(len(weight)) if base is None else base
+    norms, products = [], []
     for rows in row_chunks(weight, a.dtype):
         wide = weight[rows].to(a.dtype)
         if base is None:
-            torch.linalg.vector_norm(wide, dim=1, out=squares[rows])
-        product[rows] = project_down(wide, a, batch_from=0)
+            norms.append(torch.linalg.vector_norm(wide, dim=1))
+        products.append(project_down(wide, a, in_groups=True))
         # freed before more rows are widened
         del wide
-    return squares.square_() if base is None else base, product
+    return joined(norms).square_() if base is None else base, joined(products)
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:
@@ -100,7 +99,7 @@ def backward(
     da = scale * (weighted.T @ b) @ a
     for rows in row_chunks(weight, dtype):
         wide = weight[rows].to(dtype)
-        db[rows] += (scale * d[rows])[:, None] * project_down(wide, a, batch_from=0)
+        db[rows] += (scale * d[rows])[:, None] * project_down(wide, a, in_groups=True)
         da.addmm_(weighted[rows].T, wide)
         del wide
     return da.to(lora_a.dtype), db.to(lora_b.dtype)
@@ -112,8 +111,8 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def row_chunks(weight: Tensor, dtype: torch.dtype) -> list[slice]:
-    """Slices of rows to widen to `dtype` together: all of them when nothing has to be widened."""
+    """Slices of rows to widen to `dtype` together, one at least: all of them when nothing has to be widened."""
     rows, columns = weight.shape
     groups = CHUNK_ELEMENTS // (GROUP * max(columns, 1))
     step = rows if weight.dtype == dtype else GROUP * max(groups, 1)
-    return [slice(start, start + step) for start in range(0, rows, max(step, 1))]
+    return [slice(start, start + step) for start in range(0, max(rows, 1), max(step, 1))]
