@@ -6,17 +6,19 @@ import sys
 import torch
 
 from . import backend
+from .ops import _products
 
 OPS = ("column_norm", "hybrid_linear", "shifted_attention")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def findings() -> list[str]:
-    """Lines to print: versions, the GPU, the backend that was asked for, and a line for each op and dtype."""
+    """Lines to print: versions, the CPU, the GPU, the backend that was asked for, and a line for each op and dtype."""
     lines = [
         f"python   {platform.python_version()}, {platform.system()} {platform.machine()}",
         f"torch    {torch.__version__}, {torch.get_num_threads()} threads",
         f"triton   {_triton()}",
+        f"cpu      {_cpu()}",
         f"gpu      {_gpu()}",
         f"backend  {backend.requested()}",
     ]
@@ -33,6 +35,12 @@ def findings() -> list[str]:
 def _triton() -> str:
     # what it is distributed as has several names; the kernels have imported it
     return sys.modules["triton"].__version__ if backend.HAS_TRITON else "not installed"
+
+
+def _cpu() -> str:
+    takes_onednn = torch.backends.mkldnn.enabled and _products.has_quicker_onednn()
+    library = "oneDNN" if takes_onednn else "PyTorch's BLAS"
+    return f"{torch.backends.cpu.get_cpu_capability()}, fp32 products of layers by {library}"
 
 
 def _gpu() -> str:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_kit
+from hylorada_kernels import doctor
 
 ROOT = Path(__file__).parents[1]
 
@@ -75,3 +76,9 @@ def test_doctor_says_which_path_each_op_takes():
             assert any(line.startswith(op) and f" {dtype} " in line for line in found.splitlines())
     if not torch.cuda.is_available():
         assert "gpu      none" in found and found.count("on cpu: eager, ") == 12
+
+
+@pytest.mark.parametrize(("has_onednn", "library"), [(True, "oneDNN"), (False, "PyTorch's BLAS")])
+def test_doctor_says_by_what_fp32_products_are_made(has_onednn, library, monkeypatch):
+    monkeypatch.setattr(doctor._products, "has_quicker_onednn", lambda: has_onednn)
+    assert any(line.startswith("cpu ") and line.endswith(f"by {library}") for line in doctor.findings())
