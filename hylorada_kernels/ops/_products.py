@@ -1,7 +1,8 @@
 """Matrix products in PyTorch, by the library and laid down in the way that a processor is quickest at.
 
 PyTorch hands fp32 to MKL. oneDNN, which it brings as well and uses for 16 bits, is quicker at it on AMD's processors
-with AVX-512 (`benchmarks/bench_products.py`); `torch.backends.mkldnn.enabled = False` turns it off.
+with AVX-512 (`benchmarks/bench_products.py`); it compiles for each new shape, as it does in 16 bits.
+`torch.backends.mkldnn.enabled = False` turns it off.
 
 With MKL a product of which one side, the rank, is thin is taken in groups. A library splits a product between threads
 along its large sides, which is rarely how the thread that wrote the operand was chosen: lines travel between the caches
