@@ -34,11 +34,19 @@ def test_products(benchmark, record, paired, monkeypatch, rank, layer):
     }
     exact = [tensor.double() for tensor in (x, dz, weight, h, up, down)]
     truths = _truths(*exact)
+    chosen = {"library": "mkl"}
+    monkeypatch.setattr(products, "has_quicker_onednn", lambda: chosen["library"] == "onednn")
+
+    def by(library, call):
+        def run() -> torch.Tensor:
+            chosen["library"] = library
+            return call()
+
+        return run
+
     values, errors = {}, {}
     for name, call in calls.items():
-        runs = {
-            library: _by(call, has_onednn=library == "onednn", monkeypatch=monkeypatch) for library in ("mkl", "onednn")
-        }
+        runs = {library: by(library, call) for library in ("mkl", "onednn")}
         for library, run in runs.items():
             errors[name, library] = relative_error(run(), truths[name])
             assert errors[name, library] <= 1e-5
@@ -56,11 +64,3 @@ def _truths(x, dz, weight, h, up, down):
         "up": h @ up,
         "outer": h.T @ x,
     }
-
-
-def _by(call, *, has_onednn: bool, monkeypatch):
-    def run() -> torch.Tensor:
-        monkeypatch.setattr(products, "has_quicker_onednn", lambda: has_onednn)
-        return call()
-
-    return run

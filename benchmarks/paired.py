@@ -22,8 +22,8 @@ def paired_times(
     """Seconds of each call, by name; entry i of every list comes from the same round, whose order is random.
 
     After `warmup` rounds there are as many as fit into `seconds`, but at least `fewest` and at most `most`. On a GPU a
-    call ends when the GPU is done. `processor` takes the processor's seconds, of all threads, in the
-    same order: other threads are counted in ticks of some ms, so that only means over many rounds say something.
+    call ends when the GPU is done. `processor` takes the processor's seconds, of all threads, in the same order:
+    other threads are counted in ticks of some ms, so that only means over many rounds say something.
     """
     order = random.Random(0)
     names = list(contenders)

@@ -117,14 +117,19 @@ def has_matrix_units(device: torch.device) -> bool:
     return _compute_capability(device) >= (8, 0)
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it is of no subclass: quantized, sharded and fake tensors make their products and copies themselves."""
+    return type(tensor) in (Tensor, torch.nn.Parameter)
+
+
 def runs_directly(tensor: Tensor, choice: str) -> bool:
     """Whether an op may call its implementation without going through the registered custom op, which saves 10 us.
 
     A trace (torch.compile, export), tensor subclasses (fake tensors) and meta tensors must see the custom op, which is
     opaque to them; meta tensors given to Triton are there to be compiled for.
     """
-    plain = type(tensor) in (Tensor, torch.nn.Parameter) and (choice == "triton" or not tensor.is_meta)
-    return plain and not torch.compiler.is_compiling()
+    has_values = choice == "triton" or not tensor.is_meta
+    return is_plain(tensor) and has_values and not torch.compiler.is_compiling()
 
 
 def on_device_of(tensor: Tensor):

@@ -38,8 +38,7 @@ def _triton() -> str:
 
 
 def _cpu() -> str:
-    takes_onednn = torch.backends.mkldnn.enabled and _products.has_quicker_onednn()
-    library = "oneDNN" if takes_onednn else "PyTorch's BLAS"
+    library = "oneDNN" if _products.takes_onednn() else "PyTorch's BLAS"
     return f"{torch.backends.cpu.get_cpu_capability()}, fp32 products of layers by {library}"
 
 

@@ -33,7 +33,6 @@ KEY_LENGTH = 8
 
 Owner = TypeVar("Owner")
 
-_PLAIN = (Tensor, torch.nn.Parameter)
 _verifying: ContextVar[bool] = ContextVar("hylorada_verify_norms", default=False)
 _lock = threading.Lock()
 _numbers = itertools.count(1)
@@ -160,7 +159,7 @@ def _layout(weight: Tensor, lora_a: Tensor, lora_b: Tensor, choice: str) -> tupl
 
 
 def _can_keep(weight: Tensor, lora_a: Tensor, lora_b: Tensor, choice: str) -> bool:
-    is_plain = type(weight) in _PLAIN and type(lora_a) in _PLAIN and type(lora_b) in _PLAIN
+    is_plain = backend.is_plain(weight) and backend.is_plain(lora_a) and backend.is_plain(lora_b)
     return is_plain and not torch.compiler.is_exporting() and (choice == "triton" or weight.is_cpu)
 
 

@@ -64,8 +64,11 @@ MUTANTS = [
             "oneDNN's sum misses the bias": ("_onednn(x, weight, bias).addmm_", "_onednn(x, weight).addmm_"),
             "oneDNN's sum misses the scale": (".addmm_(thin, factor, alpha=scale)", ".addmm_(thin, factor)"),
             "oneDNN adds nothing": ('weight, None, "add")', 'weight, None, "add") - other'),
-            "oneDNN is never turned off": ("        and torch.backends.mkldnn.enabled\n", ""),
-            "oneDNN is given subclasses": ("        and type(x) in _PLAIN\n        and type(weight) in _PLAIN\n", ""),
+            "oneDNN is never turned off": (" and torch.backends.mkldnn.enabled", ""),
+            "oneDNN is given subclasses": (
+                "        and backend.is_plain(left)\n        and backend.is_plain(right)\n",
+                "",
+            ),
             "every processor takes oneDNN": ('return "AuthenticAMD" in description', "return True"),
         },
     ),

@@ -241,7 +241,7 @@ def _operands(layer: Any, training: bool) -> _Operands | str:
     parameters = [
         parameter for parameter in (weight, lora_a.weight, lora_b.weight, magnitude, bias) if parameter is not None
     ]
-    if any(type(parameter) not in (Tensor, nn.Parameter) or parameter.dtype not in _DTYPES for parameter in parameters):
+    if any(not backend.is_plain(parameter) or parameter.dtype not in _DTYPES for parameter in parameters):
         return "a parameter is quantised, sharded or of another special kind"
     if any(parameter.device != weight.device for parameter in parameters):
         return "its parameters are on several devices"
@@ -267,7 +267,7 @@ def _is_hooked(module: nn.Module) -> bool:
 def _fits(x: Any, weight: Tensor) -> bool:
     """Whether the op takes x where nn.functional.linear would; what neither takes is left to PEFT's error."""
     return (
-        type(x) in (Tensor, nn.Parameter)
+        backend.is_plain(x)
         and x.device == weight.device
         and x.dim() > 0
         and x.shape[-1] == weight.shape[1]

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import backend
+
 # multiplications below which a call of oneDNN costs more than it saves
 ONEDNN_WORK = 1 << 20
 # from this rank on a whole product is as quick
@@ -26,12 +28,11 @@ THIN_RANK = 16
 GROUP = 64
 # elements of the wide matrix below which a batch, or oneDNN's sum of outer products, costs more than it saves
 BATCH_ELEMENTS = 1 << 19
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def add_linear(other: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """other + x @ weight.T, rounded once: (T, N), (T, K) and (N, K) -> (T, N). `other` may be overwritten."""
-    if _suits_onednn(x, weight):
+    if _suits_onednn(x, weight, len(weight)):
         return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, None, "add")
     return other.addmm_(x, weight.T)
 
@@ -44,7 +45,7 @@ def add_low_rank(
     (T, K), (N, K), (T, R), (R, N) and (N,) -> (T, N). oneDNN's product is the first, for MKL's can be added to it in
     place and its own cannot.
     """
-    if _suits_onednn(x, weight):
+    if _suits_onednn(x, weight, len(weight)):
         return _onednn(x, weight, bias).addmm_(thin, factor, alpha=scale)
     low = project_up(thin, factor, scale) if bias is None else torch.addmm(bias, thin, factor, alpha=scale)
     return low.addmm_(x, weight.T)
@@ -57,7 +58,7 @@ def project_down(wide: Tensor, factor: Tensor, *, in_groups: bool = False) -> Te
     """
     (rows, _), rank = wide.shape, factor.shape[0]
     is_thin = _is_thin(wide, rank)
-    if not (is_thin and in_groups) and _suits_onednn(wide, factor):
+    if not (is_thin and in_groups) and _suits_onednn(wide, factor, rank):
         return _onednn(wide, factor)
     if not is_thin:
         return F.linear(wide, factor)
@@ -76,7 +77,7 @@ def project_up(thin: Tensor, factor: Tensor, scale: float = 1.0) -> Tensor:
     (rows, rank), columns = thin.shape, factor.shape[1]
     if scale != 1:
         return torch.addmm(thin.new_empty(()), thin, factor, beta=0, alpha=scale)
-    if _suits_onednn(thin, factor.T):
+    if _suits_onednn(thin, factor, columns):
         return _onednn(thin, factor.T)
     if rows % GROUP or not _is_thin(thin, rank) or rows * columns < BATCH_ELEMENTS:
         return torch.mm(thin, factor)
@@ -87,19 +88,19 @@ def project_up(thin: Tensor, factor: Tensor, scale: float = 1.0) -> Tensor:
 def outer_sum(thin: Tensor, wide: Tensor, *, is_transposed: bool = False) -> Tensor:
     """thin.T @ wide, a sum of outer products of rows: (T, R) and (T, K) -> (R, K), or (K, R), any layout."""
     rank, columns = thin.shape[1], wide.shape[1]
-    if wide.numel() >= BATCH_ELEMENTS and _suits_onednn(thin.T, wide.T):
+    is_large = wide.numel() >= BATCH_ELEMENTS
+    if is_large and _suits_onednn(thin, wide, columns):
         product = _onednn(thin.T, wide.T)
-        return product.T if is_transposed else product
-    if _is_thin(wide, rank) and columns % GROUP == 0 and wide.numel() >= BATCH_ELEMENTS:
+    elif is_large and _is_thin(wide, rank) and columns % GROUP == 0:
         groups = wide.unflatten(1, (-1, GROUP)).movedim(1, 0)
         product = torch.bmm(thin.T.expand(len(groups), -1, -1), groups)
         if is_transposed:
             return product.mT.reshape(columns, rank)
         return product.movedim(0, 1).reshape(rank, columns)
-    if wide.is_cpu and wide.dtype == torch.float32 and rank >= THIN_RANK:
-        product = torch.mm(wide.T, thin)
-        return product if is_transposed else product.T
-    product = torch.mm(thin.T, wide)
+    elif wide.is_cpu and wide.dtype == torch.float32 and rank >= THIN_RANK:
+        product = torch.mm(wide.T, thin).T
+    else:
+        product = torch.mm(thin.T, wide)
     return product.T if is_transposed else product
 
 
@@ -107,15 +108,20 @@ def _is_thin(tensor: Tensor, rank: int) -> bool:
     return tensor.is_cpu and tensor.dtype == torch.float32 and rank < THIN_RANK
 
 
-def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
+def takes_onednn() -> bool:
+    """Whether large fp32 products on the CPU are oneDNN's."""
+    return has_quicker_onednn() and torch.backends.mkldnn.enabled
+
+
+def _suits_onednn(left: Tensor, right: Tensor, columns: int) -> bool:
+    """Whether a product of these, or of their transposes, that has so many columns is oneDNN's."""
     return (
-        x.is_cpu
-        and x.dtype == torch.float32
-        and x.numel() * len(weight) >= ONEDNN_WORK
-        and has_quicker_onednn()
-        and torch.backends.mkldnn.enabled
-        and type(x) in _PLAIN
-        and type(weight) in _PLAIN
+        left.is_cpu
+        and left.dtype == torch.float32
+        and left.numel() * columns >= ONEDNN_WORK
+        and takes_onednn()
+        and backend.is_plain(left)
+        and backend.is_plain(right)
     )
 
 

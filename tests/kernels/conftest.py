@@ -22,7 +22,7 @@ def nan_in_uninitialised_memory():
 def choose_library(has_onednn: bool, monkeypatch):
     """Products with or without oneDNN, of any size, whatever the processor."""
     if has_onednn and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        pytest.skip("needs a PyTorch with oneDNN")
+        pytest.skip("this PyTorch was built without oneDNN, whose products would be tested")
     monkeypatch.setattr(_products, "has_quicker_onednn", lambda: has_onednn)
     monkeypatch.setattr(_products, "ONEDNN_WORK", 1)
 
@@ -33,10 +33,10 @@ def backend(request, monkeypatch):
 
     "eager" is with MKL's products, or whichever library PyTorch was built with, and with oneDNN's, of any size.
     """
-    name, _, device = request.param.partition("-")
-    choose_library(device == "onednn", monkeypatch)
-    device = device.removeprefix("onednn")
-    if name == "triton" and not device:
+    name, _, where = request.param.partition("-")
+    choose_library(where == "onednn", monkeypatch)
+    device = "cuda" if where == "cuda" else "cpu"
+    if name == "triton" and device == "cpu":
         if not dispatch.HAS_TRITON:
             pytest.skip("needs Triton")
         from hylorada_kernels.testing import interpreter
@@ -44,5 +44,5 @@ def backend(request, monkeypatch):
         if not interpreter.supported():
             pytest.skip(interpreter.requires_interpreter)
         testing.interpret()
-    with torch.device(device or "cpu"):
+    with torch.device(device):
         yield name

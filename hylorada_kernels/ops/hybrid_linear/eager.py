@@ -1,6 +1,6 @@
 """Hybrid linear in PyTorch, any device and dtype, with a hand-written backward. See op.py for the contract.
 
-The low-rank product is laid down first and the large GEMM adds onto it, so that a 16-bit sum is rounded once. With
+The low-rank product and the large one are added within a product, so that a 16-bit sum is rounded once. With
 dz = g dy the backward is LoRA's. A position scale of the whole output is applied to x or to the product, in which y is
 linear but for the bias, whichever is narrower; either way its gradient is a row sum of dx * x.
 
