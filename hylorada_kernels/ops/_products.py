@@ -81,8 +81,10 @@ def project_up(thin: Tensor, factor: Tensor, scale: float = 1.0) -> Tensor:
         return _onednn(thin, factor.T)
     if rows % GROUP or not _is_thin(thin, rank) or rows * columns < BATCH_ELEMENTS:
         return torch.mm(thin, factor)
-    groups = thin.unflatten(0, (-1, GROUP))
-    return torch.bmm(groups, factor.expand(len(groups), -1, -1)).flatten(0, 1)
+    # no view is returned: a function's output that is one may not be edited in place
+    product, groups = thin.new_empty(rows, columns), thin.unflatten(0, (-1, GROUP))
+    torch.bmm(groups, factor.expand(len(groups), -1, -1), out=product.unflatten(0, (-1, GROUP)))
+    return product
 
 
 def outer_sum(thin: Tensor, wide: Tensor, *, is_transposed: bool = False) -> Tensor:

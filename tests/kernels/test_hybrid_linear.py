@@ -379,6 +379,19 @@ def test_an_output_edited_in_place_is_refused_by_the_backward(backend):
         y.sum().backward()
 
 
+def test_an_output_that_is_not_kept_may_be_edited_in_place(backend):
+    # as large as those that are made in groups of rows
+    given = linear_inputs(64, 8, 8192, 4, bias=False, token_scale=False, magnitude=False, blend=False).requiring_grad()
+    gradients = []
+    for edit in (torch.Tensor.mul_, torch.Tensor.mul):
+        with using(backend):
+            y = hybrid_linear(**given.arguments())
+        edit(y, 2).backward(given.dy)
+        gradients.append(given.lora_b.grad)
+        given.lora_b.grad = None
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
 def test_backward_keeps_the_backend_of_its_forward(backend, monkeypatch):
     given = linear_inputs(6, 20, 16, 4).requiring_grad()
     with using(backend):
