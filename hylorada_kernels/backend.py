@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 CHOICES = ("auto", "eager", "triton")
+PLAIN = (Tensor, torch.nn.Parameter)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -119,7 +120,7 @@ def has_matrix_units(device: torch.device) -> bool:
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether it is of no subclass: quantized, sharded and fake tensors make their products and copies themselves."""
-    return type(tensor) in (Tensor, torch.nn.Parameter)
+    return type(tensor) in PLAIN
 
 
 def runs_directly(tensor: Tensor, choice: str) -> bool:
@@ -132,6 +133,16 @@ def runs_directly(tensor: Tensor, choice: str) -> bool:
     return is_plain(tensor) and has_values and not torch.compiler.is_compiling()
 
 
+def is_at_hand(tensor: Tensor) -> bool:
+    """Whether an op on it runs in PyTorch on the CPU, and directly: `choose` and `runs_directly` in one short call."""
+    return (
+        tensor.is_cpu
+        and type(tensor) in PLAIN
+        and not torch.compiler.is_compiling()
+        and _requested.get() in ("auto", "eager")
+    )
+
+
 def on_device_of(tensor: Tensor):
     """Kernels are launched on the current GPU: make it the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda and torch.cuda.is_available() else nullcontext()
@@ -140,18 +151,14 @@ def on_device_of(tensor: Tensor):
 def no_autocast(tensor: Tensor):
     """Autocast off for the tensor's device: inside an op the dtypes are settled."""
     kind = tensor.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return nullcontext()
-    return torch.autocast(kind, enabled=False)
+    return torch.autocast(kind, enabled=False) if _is_autocast(kind) else nullcontext()
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype that autocast asks for, None where it is off or the tensor is fp64 (which it leaves alone)."""
     kind = tensor.device.type
-    if (
-        tensor.dtype == torch.float64
-        or not torch.amp.is_autocast_available(kind)
-        or not torch.is_autocast_enabled(kind)
-    ):
-        return None
-    return torch.get_autocast_dtype(kind)
+    return torch.get_autocast_dtype(kind) if _is_autocast(kind) and tensor.dtype != torch.float64 else None
+
+
+def _is_autocast(kind: str) -> bool:
+    return (kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)

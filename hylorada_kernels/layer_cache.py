@@ -21,6 +21,7 @@ from . import backend, norm_cache
 from .norm_cache import NormCache
 from .ops.column_norm.eager import Layer, joined, parted
 from .ops.hybrid_linear import eager
+from .ops.hybrid_linear.op import check_operands
 
 _lock = threading.Lock()
 
@@ -65,15 +66,15 @@ class LayerCache:
         weight, lora_a, lora_b, magnitude, blend, scale, scale_weight = operands
         if magnitude is None:
             return None, None
-        norm = self.norms.norm(weight, lora_a, lora_b, scale)
-        runs_directly = backend.choose(weight) == "eager" and backend.runs_directly(weight, "eager")
-        if not runs_directly or not weight.is_cpu or torch.is_inference_mode_enabled():
-            return norm, None
+        if not norm_cache.is_at_hand(weight, lora_a, lora_b):
+            return self.norms.norm(weight, lora_a, lora_b, scale), None
+        norm = self.norms.norm_at_hand(weight, lora_a, lora_b, scale)
         with _lock:
             kept = self._kept
             # the norm is the same tensor until the weight, a factor or the scale changes
             is_same = kept is not None and kept.norm is norm and (kept.gain.scaled is not None) == scale_weight
             if kept is None or not is_same or not all(map(_is_equal, kept.copies, (magnitude, blend))):
+                check_operands(weight, lora_a, lora_b, magnitude, blend)
                 # freed first, unless a graph still needs it
                 self._kept = kept = None
                 (kept,) = _gains([operands], [norm])

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import backend
 from .ops.column_norm import column_norm, eager
+from .ops.column_norm.op import check_shapes
 
 if backend.HAS_TRITON:
     from .ops.column_norm import kernel
@@ -66,20 +67,23 @@ class NormCache:
 
         The eager path gives the same tensor until the weight, a factor or the scale changes.
         """
+        if is_at_hand(weight, lora_a, lora_b):
+            return self.norm_at_hand(weight, lora_a, lora_b, scale)
         choice = backend.choose(weight)
         if not _can_keep(weight, lora_a, lora_b, choice):
             with torch.no_grad():
                 return column_norm(weight, lora_a, lora_b, scale=scale)
         kept, step = self._kept(weight, lora_a, lora_b, choice)
-        arguments = (kept, weight, lora_a, lora_b, scale, choice, step)
-        if not backend.runs_directly(weight, choice):
-            with torch.no_grad():
-                return _norm_op(*arguments)
-        # what is made in inference mode could not be saved for a backward later
-        if choice == "triton" or torch.is_inference_mode_enabled():
-            return _norm(*arguments)[1]
-        self._given = given = _norm(*arguments, self._given)
-        return given[1]
+        if backend.runs_directly(weight, choice):
+            return _norm(kept, weight, lora_a, lora_b, scale, choice, step)
+        with torch.no_grad():
+            return _norm_op(kept, weight, lora_a, lora_b, scale, choice, step)
+
+    def norm_at_hand(self, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+        """`norm` of tensors of which `is_at_hand` is known."""
+        kept, step = self._kept(weight, lora_a, lora_b, "eager")
+        self._given = _, norm = _compared(kept, weight, lora_a, lora_b, scale, step, self._given)
+        return norm
 
     def invalidate(self) -> None:
         """Forget the norm: needed after a few elements of the frozen weight were edited behind autograd's back."""
@@ -93,6 +97,7 @@ class NormCache:
         # one assignment: another thread sees the old state or the new one
         kept, kept_layout, step = self._state
         if not kept or kept_layout != layout:
+            check_shapes(weight, lora_a, lora_b)
             step = sample_step(weight)
             kept = _new_state(weight, lora_a, lora_b, choice, step)
             self._state = kept, layout, step
@@ -145,9 +150,18 @@ def _has_given(cache: NormCache, layer: eager.Layer) -> bool:
     weight, lora_a, lora_b, *_ = layer
     return (
         cache._given is not None
-        and backend.choose(weight) == "eager"
-        and _can_keep(weight, lora_a, lora_b, "eager")
+        and is_at_hand(weight, lora_a, lora_b)
         and cache._state[1] == _layout(weight, lora_a, lora_b, "eager")
+    )
+
+
+def is_at_hand(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> bool:
+    """Whether the eager path makes their norm on the CPU, directly, and what it makes is of use later."""
+    return (
+        backend.is_at_hand(weight)
+        and type(lora_a) in backend.PLAIN
+        and type(lora_b) in backend.PLAIN
+        # what is made in inference mode could not be saved for a backward
         and not torch.is_inference_mode_enabled()
     )
 
@@ -180,23 +194,11 @@ def _new_state(weight: Tensor, lora_a: Tensor, lora_b: Tensor, choice: str, step
 
 
 def _norm(
-    kept: list[Tensor],
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: float,
-    choice: str,
-    step: int,
-    given: tuple[int, Tensor] | None = None,
-) -> tuple[int, Tensor]:
-    """A norm and its number. `given`: what was given the last time, to be given again where it still holds."""
+    kept: list[Tensor], weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, choice: str, step: int
+) -> Tensor:
     if choice == "triton":
-        number, norm = 0, _guarded(kept, weight, lora_a, lora_b, scale, step)
-    else:
-        number, norm = _compared(kept, weight, lora_a, lora_b, scale, step, given)
-    if _verifying.get():
-        _verify(norm, weight, lora_a, lora_b, scale)
-    return number, norm
+        return _guarded(kept, weight, lora_a, lora_b, scale, step)
+    return _compared(kept, weight, lora_a, lora_b, scale, step)[1]
 
 
 @torch.no_grad()
@@ -205,16 +207,19 @@ def _guarded(kept: list[Tensor], weight: Tensor, lora_a: Tensor, lora_b: Tensor,
     samples = -(-weight.numel() // step)
     with backend.on_device_of(weight):
         _forget_other_weight(key, fingerprint, weight)
-        return kernel.guarded(
+        norm = kernel.guarded(
             [kept_norm, fingerprint], weight, lora_a, lora_b, scale=scale, samples=samples, sample_step=step
         )
+    if _verifying.get():
+        _verify(norm, weight, lora_a, lora_b, scale)
+    return norm
 
 
 @torch.library.custom_op("hylorada::kept_column_norm", mutates_args=("kept",))
 def _norm_op(
     kept: list[Tensor], weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, choice: str, step: int
 ) -> Tensor:
-    return _norm(kept, weight, lora_a, lora_b, scale, choice, step)[1]
+    return _norm(kept, weight, lora_a, lora_b, scale, choice, step)
 
 
 @_norm_op.register_fake
@@ -238,20 +243,25 @@ def _compared(
     lora_b: Tensor,
     scale: float,
     step: int,
-    given: tuple[int, Tensor] | None,
+    given: tuple[int, Tensor] | None = None,
 ) -> tuple[int, Tensor]:
-    """The kept norm where A, B, s and the sampled weight are what they were; else a new one, kept with copies.
+    """The kept norm and its number where A, B, s and the sampled weight are what they were; else a new one, kept.
 
     The norms of the weight alone are kept too: of most new norms they are the half that has not changed.
+    `given`: what was given the last time, to be given again where it still holds.
     """
     with _lock:
         found = _look(kept, weight, lora_a, lora_b, scale, step)
-        if found.is_current:
-            return given if given is not None and given[0] == found.number else (found.number, kept[0].clone())
-        with torch.no_grad(), backend.no_autocast(weight):
-            layer = _begin(kept, found, eager.Layer(weight, lora_a, lora_b, scale))
-            ((norm, base),) = eager.norms_and_bases([layer])
-            return _end(kept, found, norm, base), norm
+        if not found.is_current:
+            with torch.no_grad(), backend.no_autocast(weight):
+                layer = _begin(kept, found, eager.Layer(weight, lora_a, lora_b, scale))
+                ((norm, base),) = eager.norms_and_bases([layer])
+                given = _end(kept, found, norm, base), norm
+        elif given is None or given[0] != found.number:
+            given = found.number, kept[0].clone()
+    if _verifying.get():
+        _verify(given[1], weight, lora_a, lora_b, scale)
+    return given
 
 
 class _Found(NamedTuple):

@@ -124,11 +124,11 @@ MUTANTS = [
         {
             "B is not compared": (" and torch.equal(kept_b, lora_b)", ""),
             "the weight is not sampled": (" and torch.equal(kept_sample, sample)", ""),
-            "callers share a norm": ("(found.number, kept[0].clone())", "(found.number, kept[0])"),
+            "callers share a norm": ("given = found.number, kept[0].clone()", "given = found.number, kept[0]"),
             "a refresh looks at every layer": ("            if not stale:\n                break\n", ""),
             "a refresh takes parts for the whole": ("cache._state[1] == _layout", "True or _layout"),
             "an interrupted norm is believed": ("    kept_key.zero_()\n", ""),
-            "the number of a norm is not compared": (" and given[0] == found.number", ""),
+            "the number of a norm is not compared": (" or given[0] != found.number", ""),
             "the scale is not in the key": ("_bits(scale)]", "0]"),
             "no norm is kept": ("kept_key.copy_(torch.tensor([*found.key, number]))", "pass"),
         },
@@ -151,6 +151,20 @@ MUTANTS = [
             "what was refreshed is not kept": ("                cache._kept = own\n", "                pass\n"),
             "small gains are not seen": (">= eager.SMALL_GAIN", ">= -1"),
             "the scaled weight is not asked for": (" and (kept.gain.scaled is not None) == scale_weight", ""),
+        },
+    ),
+    *_of(
+        "hylorada_kernels/layer_cache.py",
+        f"{KERNEL_TESTS}/test_nn.py -k 'not triton'",
+        {"the gain's parameters are not checked": ("check_operands(weight, lora_a, lora_b, magnitude, blend)", "pass")},
+    ),
+    *_of(
+        f"{OPS}/hybrid_linear/op.py",
+        f"{KERNEL_TESTS}/test_nn.py {KERNEL_TESTS}/test_hybrid_linear.py -k 'not triton'",
+        {
+            "a kept gain hides a trained weight": (" or weight.requires_grad:", ":"),
+            "the registered op takes g z for z": ("        kept = kept.new_empty(0)\n", "        pass\n"),
+            "the norm's values are not saved": (" and not needs[5]", ""),
         },
     ),
     *_of(

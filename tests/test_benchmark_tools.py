@@ -28,6 +28,17 @@ def test_processor_seconds_come_from_the_same_rounds():
     assert all(seconds >= 0 for seconds in processor["busy"])
 
 
+def test_parts_of_a_contender_run_beside_those_of_the_others():
+    calls = []
+    contenders = {name: [lambda part=name + part: calls.append(part) for part in "12"] for name in "ab"}
+    times = paired_times(contenders, seconds=0, fewest=3, warmup=1)
+    assert [len(times[name]) for name in "ab"] == [3, 3]
+    rounds = [calls[start : start + 4] for start in range(0, len(calls), 4)]
+    assert len(rounds) == 4 and all([set(r[:2]), set(r[2:])] == [{"a1", "b1"}, {"a2", "b2"}] for r in rounds)
+    with pytest.raises(ValueError, match="zip"):
+        paired_times({"one part": lambda: None, "two": contenders["a"]}, seconds=0)
+
+
 def test_the_stricter_limit_decides():
     assert Work(flops=100.0, ideal_bytes=10.0).achieved(4.0, limits=(50.0, 10.0)) == 0.5
     assert Work(flops=10.0, ideal_bytes=30.0).achieved(4.0, limits=(50.0, 10.0)) == 0.75

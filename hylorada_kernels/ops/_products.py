@@ -32,7 +32,7 @@ BATCH_ELEMENTS = 1 << 19
 
 def add_linear(other: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """other + x @ weight.T, rounded once: (T, N), (T, K) and (N, K) -> (T, N). `other` may be overwritten."""
-    if _suits_onednn(x, weight, len(weight)):
+    if x.dtype == torch.float32 and _suits_onednn(x, weight, len(weight)):
         return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, None, "add")
     return other.addmm_(x, weight.T)
 
@@ -45,7 +45,7 @@ def add_low_rank(
     (T, K), (N, K), (T, R), (R, N) and (N,) -> (T, N). oneDNN's product is the first, for MKL's can be added to it in
     place and its own cannot.
     """
-    if _suits_onednn(x, weight, len(weight)):
+    if x.dtype == torch.float32 and _suits_onednn(x, weight, len(weight)):
         return _onednn(x, weight, bias).addmm_(thin, factor, alpha=scale)
     low = project_up(thin, factor, scale) if bias is None else torch.addmm(bias, thin, factor, alpha=scale)
     return low.addmm_(x, weight.T)
@@ -56,6 +56,8 @@ def project_down(wide: Tensor, factor: Tensor, *, in_groups: bool = False) -> Te
 
     `in_groups`: where R is thin, whatever the size and the library. A weight that was just widened is taken best so.
     """
+    if wide.dtype != torch.float32:
+        return F.linear(wide, factor)
     (rows, _), rank = wide.shape, factor.shape[0]
     is_thin = _is_thin(wide, rank)
     if not (is_thin and in_groups) and _suits_onednn(wide, factor, rank):
@@ -74,9 +76,11 @@ def project_down(wide: Tensor, factor: Tensor, *, in_groups: bool = False) -> Te
 
 def project_up(thin: Tensor, factor: Tensor, scale: float = 1.0) -> Tensor:
     """scale * thin @ factor, rounded once: (T, R) and (R, N) -> (T, N). A scale other than 1 costs a pass."""
-    (rows, rank), columns = thin.shape, factor.shape[1]
     if scale != 1:
         return torch.addmm(thin.new_empty(()), thin, factor, beta=0, alpha=scale)
+    if thin.dtype != torch.float32:
+        return torch.mm(thin, factor)
+    (rows, rank), columns = thin.shape, factor.shape[1]
     if _suits_onednn(thin, factor, columns):
         return _onednn(thin, factor.T)
     if rows % GROUP or not _is_thin(thin, rank) or rows * columns < BATCH_ELEMENTS:
@@ -89,6 +93,9 @@ def project_up(thin: Tensor, factor: Tensor, scale: float = 1.0) -> Tensor:
 
 def outer_sum(thin: Tensor, wide: Tensor, *, is_transposed: bool = False) -> Tensor:
     """thin.T @ wide, a sum of outer products of rows: (T, R) and (T, K) -> (R, K), or (K, R), any layout."""
+    if wide.dtype != torch.float32:
+        product = torch.mm(thin.T, wide)
+        return product.T if is_transposed else product
     rank, columns = thin.shape[1], wide.shape[1]
     is_large = wide.numel() >= BATCH_ELEMENTS
     if is_large and _suits_onednn(thin, wide, columns):
@@ -99,7 +106,7 @@ def outer_sum(thin: Tensor, wide: Tensor, *, is_transposed: bool = False) -> Ten
         if is_transposed:
             return product.mT.reshape(columns, rank)
         return product.movedim(0, 1).reshape(rank, columns)
-    elif wide.is_cpu and wide.dtype == torch.float32 and rank >= THIN_RANK:
+    elif wide.is_cpu and rank >= THIN_RANK:
         product = torch.mm(wide.T, thin).T
     else:
         product = torch.mm(thin.T, wide)
@@ -107,7 +114,7 @@ def outer_sum(thin: Tensor, wide: Tensor, *, is_transposed: bool = False) -> Ten
 
 
 def _is_thin(tensor: Tensor, rank: int) -> bool:
-    return tensor.is_cpu and tensor.dtype == torch.float32 and rank < THIN_RANK
+    return tensor.is_cpu and rank < THIN_RANK
 
 
 def takes_onednn() -> bool:
@@ -116,10 +123,9 @@ def takes_onednn() -> bool:
 
 
 def _suits_onednn(left: Tensor, right: Tensor, columns: int) -> bool:
-    """Whether a product of these, or of their transposes, that has so many columns is oneDNN's."""
+    """Whether an fp32 product of these, or of their transposes, that has so many columns is oneDNN's."""
     return (
         left.is_cpu
-        and left.dtype == torch.float32
         and left.numel() * columns >= ONEDNN_WORK
         and takes_onednn()
         and backend.is_plain(left)

@@ -257,6 +257,19 @@ def test_a_gain_that_the_caller_keeps_changes_no_bit(blend):
     assert all(torch.equal(gradients[name], their_gradients[name]) for name in gradients)
 
 
+@pytest.mark.parametrize("scale_weight", [False, True], ids=["gain", "scaled weight"])
+def test_a_backward_through_the_registered_op_needs_no_kept_gain(scale_weight, monkeypatch):
+    """Compiled autograd traces the backward of a forward that ran directly."""
+    given = linear_inputs(37, 53, 41, 3)
+    _, expected = run(given, "eager")
+    leaves = given.requiring_grad()
+    y = hybrid_linear(**leaves.arguments(), kept_gain=kept_gain_of(given, scale_weight=scale_weight))
+    monkeypatch.setattr(op.backend, "runs_directly", lambda tensor, choice: False)
+    y.backward(given.dy)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(getattr(leaves, name).grad, gradient, rtol=1e-5, atol=1e-5)
+
+
 @in_triton
 def test_a_kept_gain_is_left_alone_where_it_gains_nothing(backend):
     given = linear_inputs(37, 53, 41, 3)
@@ -396,11 +409,14 @@ def test_backward_keeps_the_backend_of_its_forward(backend, monkeypatch):
     given = linear_inputs(6, 20, 16, 4).requiring_grad()
     with using(backend):
         y = hybrid_linear(**given.arguments())
-    from hylorada_kernels.ops.hybrid_linear import op
-
     called = []
-    implementation = op._implementation
-    monkeypatch.setattr(op, "_implementation", lambda choice: called.append(choice) or implementation(choice))
+
+    def watched(name, backward):
+        return lambda *tensors, **options: called.append(name) or backward(*tensors, **options)
+
+    for name, module in {"eager": eager, "triton": getattr(op, "kernel", None)}.items():
+        if module is not None:
+            monkeypatch.setattr(module, "backward", watched(name, module.backward))
     y.backward(given.dy)
     assert called == [backend]
 

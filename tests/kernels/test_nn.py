@@ -119,6 +119,36 @@ def test_norm_grad_sends_the_gradient_through_the_norm():
         assert relative_error(getattr(layer, name).grad, wide[name].grad) <= 1e-5, name
 
 
+@pytest.mark.parametrize("has_run", [False, True], ids=["before a forward", "after a forward"])
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("lora_b", (30, 5), "shapes do not fit"),
+        ("lora_a", (4, 49), "shapes do not fit"),
+        ("magnitude", (29,), r"magnitude must have shape \(30,\)"),
+        ("residual_weight", (2,), r"blend must have shape \(\) or \(1,\)"),
+        ("weight", (30, 50), "weight requires a gradient"),
+    ],
+)
+def test_parameters_that_do_not_fit_are_named(backend, name, shape, message, has_run):
+    layer, x = trained(HybridLinear.from_linear(linear("plain"), rank=4)), torch.randn(3, 50)
+    with using(backend):
+        if has_run:
+            layer(x)
+        setattr(layer, name, nn.Parameter(torch.ones(shape)))
+        with pytest.raises(ValueError, match=message):
+            layer(x)
+
+
+def test_without_gradients_it_computes_the_same_bits_and_keeps_no_graph(backend):
+    layer, x = trained(HybridLinear.from_linear(linear("biased"), rank=4)), torch.randn(3, 7, 50)
+    with using(backend):
+        expected = layer(x)
+        with torch.no_grad():
+            y = layer(x)
+    assert torch.equal(y, expected) and expected.requires_grad and not y.requires_grad
+
+
 def test_dropout_acts_in_training_only():
     layer = trained(HybridLinear.from_linear(linear("plain"), dropout=0.5))
     x = torch.randn(7, 50)
@@ -264,3 +294,33 @@ def test_bad_options_are_named_and_leave_the_layer_as_it_was(case):
     with pytest.raises(error, match=message):
         HybridLinear.from_linear(**{"linear": base, **changes})
     assert base.weight.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_backward_is_that_of_the_values_of_its_forward(dtype):
+    layer, x = trained(HybridLinear.from_linear(linear("plain", dtype), rank=4)), torch.randn(3, 50, dtype=dtype)
+    parameters = [layer.lora_a, layer.lora_b, layer.magnitude, layer.residual_weight]
+    expected = torch.autograd.grad(layer(x).sum(), parameters)
+    y = layer(x)
+    with torch.no_grad():
+        for parameter in parameters[1:]:
+            parameter.mul_(2)
+    assert all(map(torch.equal, torch.autograd.grad(y.sum(), parameters, retain_graph=True), expected))
+    with torch.no_grad():
+        layer.lora_a.mul_(2)
+    if dtype == torch.float32:
+        # there is no copy of A in another dtype
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(y.sum(), parameters)
+    else:
+        assert all(map(torch.equal, torch.autograd.grad(y.sum(), parameters), expected))
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.float32, 5), (torch.bfloat16, 4)], ids=str)
+def test_few_tensors_are_saved(dtype, expected):
+    """A checkpoint calls its hooks for each: x, W, h, y, and A where it is in W's dtype."""
+    layer, x = trained(HybridLinear.from_linear(linear("plain", dtype), rank=4)), torch.randn(3, 50, dtype=dtype)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        layer(x.requires_grad_())
+    assert len(saved) == expected

@@ -65,6 +65,15 @@ def column_norms(
 
 
 def check_adapter(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
+    """Raise unless weight (O, I), lora_a (R, I) and lora_b (O, R) fit one another and the weight is frozen."""
+    check_shapes(weight, lora_a, lora_b)
+    if weight.requires_grad:
+        raise ValueError(
+            "weight requires a gradient, but the op treats it as frozen; call weight.requires_grad_(False)"
+        )
+
+
+def check_shapes(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
     """Raise unless weight (O, I), lora_a (R, I) and lora_b (O, R) fit one another."""
     tensors = {"weight": weight, "lora_a": lora_a, "lora_b": lora_b}
     for name, tensor in tensors.items():
@@ -81,10 +90,6 @@ def check_adapter(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
         )
     if lora_a.shape[0] == 0:
         raise ValueError("the rank is 0: lora_a needs at least one row")
-    if weight.requires_grad:
-        raise ValueError(
-            "weight requires a gradient, but the op treats it as frozen; call weight.requires_grad_(False)"
-        )
 
 
 def _forward(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, choice: str) -> Tensor:

@@ -81,13 +81,13 @@ def forward(
     is_scaled = kept_gain is not None and kept_gain.scaled is not None
     if is_scaled:
         weight, up = kept_gain.scaled
-    p_input, p_delta = _split_token_scale(token_scale, token_scale_target)
-    scales_product = _scales_product(weight, magnitude, bias)
+    p_input, p_delta = (None, None) if token_scale is None else _split_token_scale(token_scale, token_scale_target)
+    scales_product = p_input is not None and _scales_product(weight, magnitude, bias)
     if p_input is not None and not scales_product:
         x = scale_rows(x, p_input)
-    h = project_down(_thinned(x, mask, dropout_p), down)
+    h = project_down(x if mask is None else _thinned(x, mask, dropout_p), down)
     product = _product(x, weight, h, up, rest, p_delta, bias if magnitude is None else None)
-    if p_input is not None and scales_product:
+    if scales_product:
         # h is narrow, where a broadcast product is slow: the backward scales it
         product = scale_rows(product, p_input, in_place=True)
     if magnitude is None:
@@ -130,7 +130,7 @@ def backward(
     need_x, need_a, need_b, need_m, need_blend, need_norm, need_bias, need_p = needs
     nothing = _nothing(x)
     dx = da = db = dm = dblend = dnorm = dbias = dp = nothing
-    p_input, p_delta = _split_token_scale(token_scale, token_scale_target)
+    p_input, p_delta = (None, None) if token_scale is None else _split_token_scale(token_scale, token_scale_target)
     if p_input is not None and _scales_product(weight, magnitude, bias):
         h = scale_rows(h, p_input)
     dy = dy.contiguous()
@@ -163,7 +163,8 @@ def backward(
             dh = scale_rows(dh, p_delta)
         if need_a:
             scaled_dh = dh if p_input is None else scale_rows(dh, p_input)
-            da = _factor_gradient(scaled_dh, _thinned(x, mask, dropout_p), rest, lora_a.dtype)
+            thinned = x if mask is None else _thinned(x, mask, dropout_p)
+            da = _factor_gradient(scaled_dh, thinned, rest, lora_a.dtype)
         if need_x or (need_p and p_input is not None):
             if mask is None:
                 dx = add_low_rank(dz, wide_weight.T, dh, down, rest)
@@ -318,8 +319,8 @@ def _gain_gradient(
     return dz, dg, column_sum
 
 
-def _thinned(x: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
-    return x if mask is None else torch.where(mask, x, 0).mul_(1 / (1 - dropout_p))
+def _thinned(x: Tensor, mask: Tensor, dropout_p: float) -> Tensor:
+    return torch.where(mask, x, 0).mul_(1 / (1 - dropout_p))
 
 
 def _product(

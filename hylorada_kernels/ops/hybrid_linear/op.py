@@ -1,6 +1,7 @@
 """Hybrid linear: contract, checks, autograd."""
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -63,9 +64,9 @@ def hybrid_linear(
             In Triton z is y - bias, so that a bias much larger than z costs the magnitude's and the blend's gradients
             digits; False does not.
         dropout_p: in [0, 1); the caller passes 0 outside training.
-        kept_gain: what follows from magnitude, blend, norm and the factors, if the caller keeps it (`layer_cache`): the
-            eager path then does not make it again. Where Triton runs, or a trace, it would gain nothing and is left
-            alone.
+        kept_gain: what follows from magnitude, blend, norm and the factors, if the caller keeps it (`layer_cache`): on
+            the CPU the eager path then does not make it again, and trusts that the caller has checked these with the
+            weight. Where Triton runs, or a trace, it would gain nothing and is left alone.
 
     Returns:
         (..., O) in x's dtype. Gradients come in their inputs' dtypes; there is no second derivative.
@@ -75,9 +76,11 @@ def hybrid_linear(
         ValueError: shapes, devices or options that do not fit, or a weight that requires a gradient.
         RuntimeError: "triton" was asked for and cannot run here.
     """
-    _check(
-        x, weight, lora_a, lora_b, magnitude, blend, bias, norm, token_scale, token_scale_target, dropout_p, kept_gain
-    )
+    if kept_gain is None or weight.requires_grad:
+        check_operands(weight, lora_a, lora_b, magnitude, blend, norm)
+    elif magnitude is None:
+        raise ValueError("kept_gain was given without magnitude, whose gain it is; give both or neither")
+    _check_input(x, weight, bias, token_scale, token_scale_target, dropout_p)
     dtype = backend.autocast_dtype(x)
     if magnitude is not None and norm is None and (norm_grad or dtype not in (None, weight.dtype)):
         with torch.set_grad_enabled(norm_grad and torch.is_grad_enabled()):
@@ -90,25 +93,29 @@ def hybrid_linear(
     if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
         given = f"x is {x.dtype}, weight {weight.dtype}" + ("" if bias is None else f", bias {bias.dtype}")
         raise TypeError(f"x, weight and bias must have one dtype, got: {given}; cast x, or use torch.autocast")
-    own = eager.column_norm.accumulation_dtype(x)
-    if norm is not None and norm.dtype != own:
-        norm = norm.to(own)
-    # the kernels walk along vectors with a step of one
-    magnitude, norm, bias = (None if tensor is None else tensor.contiguous() for tensor in (magnitude, norm, bias))
-    choice = backend.choose(x)
-    if choice != "eager" or not backend.runs_directly(x, choice):
+    if norm is not None:
+        norm = norm.to(eager.column_norm.accumulation_dtype(x))
+    is_at_hand = backend.is_at_hand(x)
+    choice = "eager" if is_at_hand else backend.choose(x)
+    runs_directly = is_at_hand or backend.runs_directly(x, choice)
+    if not is_at_hand:
+        # the kernels walk along vectors with a step of one
+        magnitude, norm, bias = (None if tensor is None else tensor.contiguous() for tensor in (magnitude, norm, bias))
         kept_gain = None
     elif dtype is not None and kept_gain is not None:
         kept_gain = kept_gain.to(dtype)
+    if token_scale is not None:
+        token_scale = token_scale.reshape(-1).contiguous()
     # flattened outside of the function: autograd forbids in-place edits of a function's output that is a view
     leading = x.shape[:-1]
     if len(leading) != 1:
         x = x.reshape(math.prod(leading), x.shape[-1])
-    y = _HybridLinear.apply(
-        x, weight, lora_a, lora_b, magnitude, blend, norm, bias,
-        None if token_scale is None else token_scale.reshape(-1).contiguous(), _drawn(x, dropout_p, choice),
-        float(scale), token_scale_target, float(dropout_p), save_output, choice, kept_gain,
+    arguments = (
+        x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale, _drawn(x, dropout_p, choice), kept_gain,
+        (float(scale), token_scale_target, float(dropout_p)), save_output, choice, runs_directly,
     )  # fmt: skip
+    with nullcontext() if dtype is None else backend.no_autocast(x):
+        y = _HybridLinear.apply(*arguments) if torch.is_grad_enabled() else _run(*arguments)[0]
     return y if len(leading) == 1 else y.view(*leading, weight.shape[0])
 
 
@@ -127,44 +134,27 @@ def adapted_weight(
 
     Arguments and errors are those of `hybrid_linear`; the bias stays what it was.
     """
-    check_adapter(weight, lora_a, lora_b)
-    _check_gain(weight, magnitude, blend, norm)
+    check_operands(weight, lora_a, lora_b, magnitude, blend, norm)
     if magnitude is not None and norm is None:
         norm = column_norm(weight, lora_a, lora_b, scale=scale)
     if norm is not None:
         norm = norm.to(eager.column_norm.accumulation_dtype(weight)).contiguous()
     magnitude = None if magnitude is None else magnitude.contiguous()
+    implementation = eager if backend.choose(weight) == "eager" else kernel
     with backend.on_device_of(weight):
-        implementation = _implementation(backend.choose(weight))
         return implementation.adapted_weight(weight, lora_a, lora_b, magnitude, blend, norm, scale=scale)
 
 
-def _check(
-    x, weight, lora_a, lora_b, magnitude, blend, bias, norm, token_scale, token_scale_target, dropout_p, kept_gain
-):
+def check_operands(
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    magnitude: Tensor | None,
+    blend: Tensor | None,
+    norm: Tensor | None = None,
+) -> None:
+    """Raise unless they fit one another; see `hybrid_linear`."""
     check_adapter(weight, lora_a, lora_b)
-    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"x must end in {weight.shape[1]} features to fit weight {tuple(weight.shape)}, got {tuple(x.shape)}"
-        )
-    if not x.dtype.is_floating_point:
-        raise TypeError(f"x must be floating point, got {x.dtype}")
-    if kept_gain is not None and magnitude is None:
-        raise ValueError("kept_gain was given without magnitude, whose gain it is; give both or neither")
-    _check_gain(weight, magnitude, blend, norm)
-    if token_scale_target not in TOKEN_SCALE_TARGETS:
-        raise ValueError(f"token_scale_target must be one of {TOKEN_SCALE_TARGETS}, got {token_scale_target!r}")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    _check_tensors(
-        weight,
-        ("bias", bias, ((weight.shape[0],),)),
-        ("token_scale", token_scale, (x.shape[:-1],)),
-        ("x", x, (x.shape,)),
-    )
-
-
-def _check_gain(weight: Tensor, magnitude: Tensor | None, blend: Tensor | None, norm: Tensor | None) -> None:
     for name, tensor in (("blend", blend), ("norm", norm)):
         if tensor is not None and magnitude is None:
             raise ValueError(
@@ -172,6 +162,30 @@ def _check_gain(weight: Tensor, magnitude: Tensor | None, blend: Tensor | None, 
             )
     rows = ((weight.shape[0],),)
     _check_tensors(weight, ("magnitude", magnitude, rows), ("norm", norm, rows), ("blend", blend, ((), (1,))))
+
+
+def _check_input(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_scale: Tensor | None,
+    token_scale_target: str,
+    dropout_p: float,
+) -> None:
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x must end in {weight.shape[1]} features to fit weight {tuple(weight.shape)}, got {tuple(x.shape)}"
+        )
+    if token_scale_target not in TOKEN_SCALE_TARGETS:
+        raise ValueError(f"token_scale_target must be one of {TOKEN_SCALE_TARGETS}, got {token_scale_target!r}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    _check_tensors(
+        weight,
+        ("x", x, (x.shape,)),
+        ("bias", bias, ((weight.shape[0],),)),
+        ("token_scale", token_scale, (x.shape[:-1],)),
+    )
 
 
 def _check_tensors(weight: Tensor, *given: tuple[str, Tensor | None, tuple]) -> None:
@@ -200,30 +214,28 @@ def _drawn(x: Tensor, dropout_p: float, choice: str) -> Tensor | None:
     return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout_p)
 
 
-def _implementation(choice: str):
-    return kernel if choice == "triton" else eager
-
-
 def _forward(
     x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale, dropped,
-    scale, token_scale_target, dropout_p, save, choice, *shortcut,
+    scale, token_scale_target, dropout_p, save, choice, kept_gain=None,
 ):  # fmt: skip
+    tensors = x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale, dropped
+    options = {"scale": scale, "token_scale_target": token_scale_target, "dropout_p": dropout_p, "save": save}
+    if choice == "eager":
+        return eager.forward(*tensors, kept_gain, **options)
     with backend.on_device_of(x):
-        return _implementation(choice).forward(
-            x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale, dropped, *shortcut,
-            scale=scale, token_scale_target=token_scale_target, dropout_p=dropout_p, save=save,
-        )  # fmt: skip
+        return kernel.forward(*tensors, **options)
 
 
 def _backward(
     dy, x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale, h, gain, kept, dropped,
-    scale, token_scale_target, dropout_p, needs, choice, *shortcut,
+    scale, token_scale_target, dropout_p, needs, choice, kept_gain=None,
 ):  # fmt: skip
+    tensors = dy, x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale, h, gain, kept, dropped
+    options = {"scale": scale, "token_scale_target": token_scale_target, "dropout_p": dropout_p, "needs": needs}
+    if choice == "eager":
+        return eager.backward(*tensors, kept_gain, **options)
     with backend.on_device_of(x):
-        return _implementation(choice).backward(
-            dy, x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale, h, gain, kept, dropped, *shortcut,
-            scale=scale, token_scale_target=token_scale_target, dropout_p=dropout_p, needs=needs,
-        )  # fmt: skip
+        return kernel.backward(*tensors, **options)
 
 
 def _distinct(tensors: tuple[Tensor, ...] | list[Tensor]) -> list[Tensor]:
@@ -329,31 +341,42 @@ def _(
     ]
 
 
+def _run(
+    x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale, dropped, kept_gain,
+    options, save, choice, runs_directly,
+):  # fmt: skip
+    """On x (T, I) and token_scale (T,). -> y, h, gain, own norm, kept product; see `eager.forward`."""
+    arguments = x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale, dropped, *options, save, choice
+    return _forward(*arguments, kept_gain) if runs_directly else _forward_op(*arguments)
+
+
 class _HybridLinear(torch.autograd.Function):
     """On x (T, I) and token_scale (T,)."""
 
     @staticmethod
     def forward(
         ctx, x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale, dropped,
-        scale, token_scale_target, dropout_p, save_output, choice, kept_gain,
+        kept_gain, options, save_output, choice, runs_directly,
     ):  # fmt: skip
-        needs = [ctx.needs_input_grad[i] for i in (0, 2, 3, 4, 5, 6, 7, 8)]
+        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:9]]
         save = save_output and any(needs[3:6])
-        run = _forward if backend.runs_directly(x, choice) else _forward_op
-        ctx.shortcut = () if kept_gain is None else (kept_gain,)
-        with backend.no_autocast(x):
-            y, h, gain, own_norm, kept = run(
-                x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale, dropped,
-                scale, token_scale_target, dropout_p, save, choice, *ctx.shortcut,
-            )  # fmt: skip
-        if magnitude is not None and norm is None:
+        y, h, gain, own_norm, kept = _run(
+            x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale, dropped,
+            kept_gain, options, save, choice, runs_directly,
+        )  # fmt: skip
+        if norm is None and magnitude is not None:
             norm = own_norm
         # the output itself stands in for the product unless the backend kept that
-        kept = y if save and not kept.numel() else kept
-        ctx.save_for_backward(
-            x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale, h, gain, kept, dropped
-        )
-        ctx.options = (scale, token_scale_target, dropout_p, needs, choice)
+        if save and not kept.numel():
+            kept = y
+        operands = values = lora_a, lora_b, magnitude, blend, norm, gain
+        ctx.apart = None
+        if kept_gain is not None and kept_gain.factors is not None and not needs[5]:
+            # only their dtypes are asked for: saved, each would cost a call of every saved-tensor hook, of a checkpoint
+            # for one; but A where no copy of it is kept
+            ctx.apart, values = operands, (lora_a,) if kept_gain.factors[0] is None else ()
+        ctx.save_for_backward(x, weight, bias, token_scale, h, kept, dropped, *values)
+        ctx.options, ctx.kept_gain = (*options, needs, choice), kept_gain
         return y
 
     @staticmethod
@@ -363,12 +386,20 @@ class _HybridLinear(torch.autograd.Function):
 
 
 def _gradients(ctx, dy):
-    needs, choice = ctx.options[3:]
-    run = _backward if backend.runs_directly(dy, choice) else _backward_op
+    *_, needs, choice = ctx.options
+    x, weight, bias, token_scale, h, kept, dropped, *values = ctx.saved_tensors
+    lora_a, lora_b, magnitude, blend, norm, gain = ctx.apart or values
+    runs_directly, kept_gain = backend.runs_directly(dy, choice), ctx.kept_gain
+    if not runs_directly and kept_gain is not None and kept_gain.scaled is not None:
+        # the op, which knows no kept gain, would take g z for z
+        kept = kept.new_empty(0)
+    arguments = (
+        dy, x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale, h, gain, kept, dropped, *ctx.options
+    )  # fmt: skip
     with backend.no_autocast(dy):
-        gradients = run(dy, *ctx.saved_tensors, *ctx.options, *ctx.shortcut)
+        gradients = _backward(*arguments, kept_gain) if runs_directly else _backward_op(*arguments)
     dx, *others = [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
-    return dx, None, *others, None, None, None, None, None, None, None
+    return dx, None, *others, None, None, None, None, None, None
 
 
 _gradients_once = torch.autograd.function.once_differentiable(_gradients)
