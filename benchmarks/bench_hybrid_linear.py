@@ -3,7 +3,8 @@
     pytest benchmarks/bench_hybrid_linear.py -k kept_norm --results benchmarks/results
 
 (likewise new_norm, where A and B change before every round; memory; compiled).
-"scaled weight" is our layer with keep_scaled_weight.
+"scaled weight" is our layer with keep_scaled_weight; "products" are those that any LoRA layer makes, and nothing else:
+PEFT DoRA's time over theirs is the most that a layer made of them could reach.
 Outputs and gradients are compared with PEFT DoRA's before anything is timed. Ratios are medians over rounds in which
 every contender ran once. Adapters are fp32, as PEFT makes them, beside a base of either precision; bf16 tables also
 show PEFT LoRA with its adapters cast down, which is faster and less accurate.
@@ -21,13 +22,14 @@ from benchmarks.memory import MIB, peak_bytes, saved_bytes
 from benchmarks.paired import median_ratio
 from benchmarks.shapes import DTYPES, LAYERS
 from hylorada_kernels import HybridLinear
+from hylorada_kernels.ops._products import add_low_rank, outer_sum, project_down
 from hylorada_kernels.testing import relative_error
 
 ALPHA = 16.0
 # norm-wise, of results that two implementations round in their own ways
 AGREEMENT = {"fp32": 1e-5, "bf16": 1e-2}
 SECONDS_PER_CASE = 7.0
-SCALED = "scaled weight"
+SCALED, PRODUCTS = "scaled weight", "products"
 
 
 def peft_layer(linear: nn.Linear, rank: int, *, use_dora: bool) -> nn.Module:
@@ -132,6 +134,22 @@ def training_step(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor, *, edit: 
     return step
 
 
+def products_alone(layer: HybridLinear, x: torch.Tensor, dy: torch.Tensor):
+    """Forward and backward of LoRA without autograd, its factors and their gradients in x's dtype."""
+    x, weight, down = x.detach(), layer.weight.detach(), layer.lora_a.detach().to(x.dtype)
+    up = (layer.scale * layer.lora_b.detach().T).to(x.dtype).contiguous()
+
+    def step() -> None:
+        h = project_down(x, down)
+        add_low_rank(x, weight, h, up)
+        dh = project_down(dy, up)
+        add_low_rank(dy, weight.T, dh, down)
+        outer_sum(dh, x)
+        outer_sum(h, dy, is_transposed=True)
+
+    return step
+
+
 def ratios(times: dict[str, list[float]]) -> dict[str, float]:
     values = {
         "hylorada, ms": 1e3 * statistics.median(times["hylorada"]),
@@ -139,6 +157,9 @@ def ratios(times: dict[str, list[float]]) -> dict[str, float]:
         "peft dora / hylorada": median_ratio(times, "peft dora", "hylorada"),
         "hylorada / frozen": median_ratio(times, "hylorada", "frozen"),
     }
+    if PRODUCTS in times:
+        values[f"hylorada / {PRODUCTS}"] = median_ratio(times, "hylorada", PRODUCTS)
+        values[f"peft dora / {PRODUCTS}"] = median_ratio(times, "peft dora", PRODUCTS)
     if SCALED in times:
         values[f"{SCALED} / peft lora"] = median_ratio(times, SCALED, "peft lora")
     if "peft lora in bf16" in times:
@@ -155,6 +176,7 @@ def test_layer(benchmark, record, paired, norm, dtype, rank, shape):
     x, dy = inputs(shape, dtype)
     assert_ours_agree(layers, x, dy, dtype)
     steps = {name: training_step(layer, x, dy, edit=norm == "new_norm") for name, layer in layers.items()}
+    steps[PRODUCTS] = products_alone(layers["hylorada"], x, dy)
     values = ratios(paired(steps, SECONDS_PER_CASE))
     record(f"layer {norm}", {"dtype": dtype, "rank": rank, "tokens, in, out": str(shape)}, values)
     benchmark.pedantic(steps["hylorada"], rounds=3)
