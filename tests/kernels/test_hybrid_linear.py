@@ -270,6 +270,18 @@ def test_a_backward_through_the_registered_op_needs_no_kept_gain(scale_weight, m
         torch.testing.assert_close(getattr(leaves, name).grad, gradient, rtol=1e-5, atol=1e-5)
 
 
+def test_a_norm_with_a_gradient_has_that_of_the_magnitude_of_its_forward():
+    given = linear_inputs(6, 20, 16, 4, dtype=torch.bfloat16).requiring_grad()
+    norm = column_norm(given.weight, given.lora_a, given.lora_b, scale=given.scale)
+    with torch.no_grad():
+        kept_gain = kept_gain_of(given)
+    y = hybrid_linear(**given.arguments(), norm=norm, norm_grad=True, kept_gain=kept_gain)
+    with torch.no_grad():
+        given.magnitude.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 @in_triton
 def test_a_kept_gain_is_left_alone_where_it_gains_nothing(backend):
     given = linear_inputs(37, 53, 41, 3)

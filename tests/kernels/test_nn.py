@@ -140,6 +140,15 @@ def test_parameters_that_do_not_fit_are_named(backend, name, shape, message, has
             layer(x)
 
 
+def test_a_weight_that_is_unfrozen_after_a_forward_is_named(backend):
+    layer, x = trained(HybridLinear.from_linear(linear("plain"), rank=4)), torch.randn(3, 50)
+    with using(backend):
+        layer(x)
+        layer.weight.requires_grad_()
+        with pytest.raises(ValueError, match="weight requires a gradient"):
+            layer(x)
+
+
 def test_without_gradients_it_computes_the_same_bits_and_keeps_no_graph(backend):
     layer, x = trained(HybridLinear.from_linear(linear("biased"), rank=4)), torch.randn(3, 7, 50)
     with using(backend):
