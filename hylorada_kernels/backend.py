@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 CHOICES = ("auto", "eager", "triton")
-PLAIN = (Tensor, torch.nn.Parameter)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -120,7 +119,7 @@ def has_matrix_units(device: torch.device) -> bool:
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether it is of no subclass: quantized, sharded and fake tensors make their products and copies themselves."""
-    return type(tensor) in PLAIN
+    return type(tensor) in (Tensor, torch.nn.Parameter)
 
 
 def runs_directly(tensor: Tensor, choice: str) -> bool:
@@ -137,7 +136,7 @@ def is_at_hand(tensor: Tensor) -> bool:
     """Whether an op on it runs in PyTorch on the CPU, and directly: `choose` and `runs_directly` in one short call."""
     return (
         tensor.is_cpu
-        and type(tensor) in PLAIN
+        and is_plain(tensor)
         and not torch.compiler.is_compiling()
         and _requested.get() in ("auto", "eager")
     )

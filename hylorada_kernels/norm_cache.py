@@ -159,8 +159,8 @@ def is_at_hand(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> bool:
     """Whether the eager path makes their norm on the CPU, directly, and what it makes is of use later."""
     return (
         backend.is_at_hand(weight)
-        and type(lora_a) in backend.PLAIN
-        and type(lora_b) in backend.PLAIN
+        and backend.is_plain(lora_a)
+        and backend.is_plain(lora_b)
         # what is made in inference mode could not be saved for a backward
         and not torch.is_inference_mode_enabled()
     )

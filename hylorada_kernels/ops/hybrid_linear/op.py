@@ -1,7 +1,6 @@
 """Hybrid linear: contract, checks, autograd."""
 
 import math
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -114,7 +113,7 @@ def hybrid_linear(
         x, weight, lora_a, lora_b, magnitude, blend, norm, bias, token_scale, _drawn(x, dropout_p, choice), kept_gain,
         (float(scale), token_scale_target, float(dropout_p)), save_output, choice, runs_directly,
     )  # fmt: skip
-    with nullcontext() if dtype is None else backend.no_autocast(x):
+    with backend.no_autocast(x):
         y = _HybridLinear.apply(*arguments) if torch.is_grad_enabled() else _run(*arguments)[0]
     return y if len(leading) == 1 else y.view(*leading, weight.shape[0])
 
