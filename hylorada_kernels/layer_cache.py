@@ -11,15 +11,15 @@ layers keep in one go, before the first of them runs. Each layer still looks for
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import backend, norm_cache
-from .norm_cache import NormCache
-from .ops.column_norm.eager import Layer, joined, parted
+from .norm_cache import Layer, NormCache
+from .ops.column_norm.eager import stacked
 from .ops.hybrid_linear import eager
 from .ops.hybrid_linear.op import check_operands
 
@@ -77,7 +77,7 @@ class LayerCache:
                 check_operands(weight, lora_a, lora_b, magnitude, blend)
                 # freed first, unless a graph still needs it
                 self._kept = kept = None
-                (kept,) = _gains([operands], [norm])
+                (kept,) = _gains([operands], [norm], lora_a[None], lora_b[None])
                 self._kept = kept
             return norm, kept.gain
 
@@ -109,29 +109,26 @@ def refresh(model: nn.Module) -> None:
     """
     if torch.compiler.is_compiling():
         return
-    groups: dict[tuple, list[tuple[LayerCache, Operands, Tensor]]] = {}
-    for (cache, operands), norm in norm_cache.refresh(_in_use(model)):
-        key = norm.dtype, operands.magnitude.dtype, operands.blend is None
-        groups.setdefault(key, []).append((cache, operands, norm))
-    with _lock:
-        for group in groups.values():
-            for cache, *_ in group:
+    for fresh in norm_cache.refresh(_in_use(model)):
+        caches, operands = zip(*fresh.owners, strict=True)
+        with _lock:
+            for cache in caches:
                 # freed first, unless a graph still needs it
                 cache._kept = None
-            kept = _gains([operands for _, operands, _ in group], [norm for *_, norm in group])
-            for (cache, *_), own in zip(group, kept, strict=True):
-                cache._kept = own
+            for cache, kept in zip(caches, _gains(operands, *fresh[1:]), strict=True):
+                cache._kept = kept
 
 
-def _in_use(model: nn.Module) -> Iterator[tuple[tuple[LayerCache, Operands], NormCache, Layer]]:
-    """The layers that have kept a gain; none if the first has not."""
+def _in_use(model: nn.Module) -> Iterator[tuple[tuple[LayerCache, Operands], Hashable, NormCache, Layer]]:
+    """The layers that have kept a gain, as `norm_cache.refresh` takes them; none if the first has not."""
     none_yet = True
     for keeper in filter(lambda module: isinstance(module, Keeper), model.modules()):
         for cache, operands in keeper.kept():
             if cache._kept is not None and _is_whole(operands):
                 none_yet = False
-                layer = Layer(operands.weight, operands.lora_a, operands.lora_b, operands.scale)
-                yield (cache, operands), cache.norms, layer
+                weight, lora_a, lora_b, magnitude, blend, scale, _ = operands
+                kind = magnitude.dtype, None if blend is None else blend.dtype
+                yield (cache, operands), kind, cache.norms, Layer(weight, lora_a, lora_b, scale)
         if none_yet:
             return
 
@@ -148,35 +145,29 @@ def _is_whole(operands: Operands) -> bool:
 
 
 @torch.no_grad()
-def _gains(layers: Sequence[Operands], norms: Sequence[Tensor]) -> list[_Kept]:
-    """What is of the size of a row is made for all layers in one call, with the bits that it would have alone."""
-    rows, kept = [len(norm) for norm in norms], []
-    norm = joined(norms)
+def _gains(layers: Sequence[Operands], norms: Sequence[Tensor], lora_a: Tensor, lora_b: Tensor) -> list[_Kept]:
+    """Of L layers of one kind, shape, dtype and scale; lora_a (L, R, I), lora_b (L, O, R): what the norms are made of.
+
+    What does not read W is made for all of them in one call, with the bits that it would have alone.
+    """
+    dtype, scale, kept = layers[0].weight.dtype, layers[0].scale, []
+    norm = stacked(norms)
     with backend.no_autocast(norm):
         # copies, even of one alone: what is made is made of them
-        magnitude = torch.cat([operands.magnitude for operands in layers])
+        magnitudes = torch.stack([operands.magnitude for operands in layers])
         blends = [None if operands.blend is None else operands.blend.clone() for operands in layers]
+        # each by itself: in a vector of them an exponential may have other bits
         betas = [eager.gate(blend, norm.dtype) for blend in blends]
-        beta = betas[0]
-        if len(rows) > 1 and beta is not None:
-            beta = torch.cat([each.expand(n) for each, n in zip(betas, rows, strict=True)])
-        gain = eager.gain_of(eager.row_gain(magnitude, beta, norm), magnitude, beta, norm)
-        has_small = _has_small(gain.gain)
-        parts = [
-            [None] * len(rows) if part is None else parted(part, rows)
-            for part in (gain.gain, gain.by_magnitude, gain.by_blend, magnitude)
-        ]
-        for operands, own_norm, blend, *own, own_magnitude in zip(layers, norms, blends, *parts, strict=True):
-            own_gain = eager.Gain(*own, has_small=has_small and _has_small(own[0]))
-            if len(rows) > 1 and own_gain.by_blend is not None:
-                # its dot product depends on where it lies
-                own_gain = own_gain._replace(by_blend=own_gain.by_blend.clone())
-            weight, lora_a, lora_b, scale = operands.weight, operands.lora_a, operands.lora_b, operands.scale
+        beta = None if betas[0] is None else torch.stack([each.view(1) for each in betas])
+        gains = eager.gain_of(eager.row_gain(magnitudes, beta, norm), magnitudes, beta, norm)
+        gains = eager.with_factors(gains, lora_a, lora_b, scale, dtype)._replace(has_small=_has_small(gains.gain))
+        parts = norms, magnitudes, blends, lora_b, gains.unbind()
+        for operands, own_norm, magnitude, blend, own_b, gain in zip(layers, *parts, strict=True):
+            if len(layers) > 1 and gain.has_small:
+                gain = gain._replace(has_small=_has_small(gain.gain))
             if operands.scale_weight:
-                own_gain = eager.with_scaled_weight(own_gain, weight, lora_a, lora_b, scale)
-            else:
-                own_gain = eager.with_factors(own_gain, lora_a, lora_b, scale, weight.dtype)
-            kept.append(_Kept(own_gain, own_norm, [own_magnitude, blend]))
+                gain = eager.with_scaled_weight(gain, operands.weight, own_b, scale)
+            kept.append(_Kept(gain, own_norm, [magnitude, blend]))
     return kept
 
 

@@ -11,10 +11,10 @@ import itertools
 import math
 import struct
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,8 +31,6 @@ if backend.HAS_TRITON:
 WEIGHT_SAMPLES = 512
 # of an eager layer; the last is the number of the norm, by which a copy of it is known
 KEY_LENGTH = 8
-
-Owner = TypeVar("Owner")
 
 _verifying: ContextVar[bool] = ContextVar("hylorada_verify_norms", default=False)
 _lock = threading.Lock()
@@ -108,46 +106,80 @@ class NormCache:
         return {"_state": ([], (), 1), "_given": None}
 
 
+class Layer(NamedTuple):
+    """What a norm is made of."""
+
+    weight: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+    scale: float
+
+
+class Fresh(NamedTuple):
+    """L norms that were made together, whose they are, and copies of what they were made of."""
+
+    owners: list[Any]
+    # (O,) each
+    norms: Sequence[Tensor]
+    # (L, R, I) and (L, O, R)
+    lora_a: Tensor
+    lora_b: Tensor
+
+
 class _Stale(NamedTuple):
     owner: Any
     cache: NormCache
-    layer: eager.Layer
-    kept: list[Tensor]
+    layer: Layer
+    # of the cache: what is kept, the layout, and the distance between two samples
+    state: tuple[list[Tensor], tuple, int]
     found: "_Found"
 
 
-def refresh(layers: Iterable[tuple[Owner, NormCache, eager.Layer]]) -> list[tuple[Owner, Tensor]]:
-    """Make the stale norms of several layers anew together, on the CPU. -> the new ones, each with whose it is.
+def refresh(layers: Iterable[tuple[Any, Hashable, NormCache, Layer]]) -> list[Fresh]:
+    """Make the stale norms of several layers anew, on the CPU, those of one kind, shape, dtype and scale together.
 
-    Nothing is done where the first layer's norm still holds, or is not one that the eager path has given for such
-    tensors before; then no other is looked at. A norm has the bits that `NormCache.norm` would have made, and is what
-    that gives from now on.
+    Given are each layer's owner and kind, its cache and what its norm is made of. Nothing is done where the first
+    layer's norm still holds, or is not one that the eager path has given for such tensors before; then no other is
+    looked at. A norm has the bits that `NormCache.norm` would have made, and is what that gives from now on.
     """
-    stale: list[_Stale] = []
-    groups: dict[torch.dtype, list[_Stale]] = {}
-    fresh: list[tuple[Owner, Tensor]] = []
+    groups: dict[tuple, list[_Stale]] = {}
     with torch.no_grad(), _lock:
-        for owner, cache, layer in layers:
+        for owner, kind, cache, layer in layers:
             if _has_given(cache, layer):
-                kept, _, step = cache._state
-                found = _look(kept, layer.weight, layer.lora_a, layer.lora_b, layer.scale, step)
+                kept, layout, step = state = cache._state
+                found = _look(kept, *layer, step)
                 if not found.is_current:
-                    stale.append(_Stale(owner, cache, layer, kept, found))
-            if not stale:
+                    stale = _Stale(owner, cache, layer, state, found)
+                    groups.setdefault((layout, layer.scale, kind), []).append(stale)
+            if not groups:
                 break
-        for entry in stale:
-            groups.setdefault(eager.accumulation_dtype(entry.layer.weight), []).append(entry)
-        for group in groups.values():
-            with backend.no_autocast(group[0].layer.weight):
-                made = eager.norms_and_bases([_begin(entry.kept, entry.found, entry.layer) for entry in group])
-            for entry, (norm, base) in zip(group, made, strict=True):
-                entry.cache._given = _end(entry.kept, entry.found, norm, base), norm
-                fresh.append((entry.owner, norm))
-    return fresh
+        return [_made_together(group) for group in groups.values()]
 
 
-def _has_given(cache: NormCache, layer: eager.Layer) -> bool:
-    weight, lora_a, lora_b, *_ = layer
+def _made_together(group: list[_Stale]) -> Fresh:
+    owners, caches, layers, states, found = zip(*group, strict=True)
+    # copies, which nobody changes meanwhile
+    lora_a = torch.stack([layer.lora_a for layer in layers])
+    lora_b = torch.stack([layer.lora_b for layer in layers])
+    weights, bases = [layer.weight for layer in layers], [each.base for each in found]
+    with backend.no_autocast(lora_a):
+        norms, bases = eager.norms_and_bases(weights, lora_a, lora_b, bases, scale=layers[0].scale)
+    numbers = [next(_numbers) for _ in group]
+    keys = torch.tensor([[*each.key, number] for each, number in zip(found, numbers, strict=True)])
+    # what is given is not written to, what is kept may be
+    given = norms.unbind(), norms.clone(), bases, lora_a, lora_b, keys
+    for cache, state, each, number, norm, *kept, key in zip(caches, states, found, numbers, *given, strict=True):
+        (*_, sample, _), layout, step = state
+        if each.base is None:
+            sample = each.sample.clone()
+        # one assignment, as ever: an interrupt leaves the old state or the new one
+        cache._state = [*kept, sample, key], layout, step
+        cache._given = number, norm
+    return Fresh(list(owners), given[0], lora_a, lora_b)
+
+
+def _has_given(cache: NormCache, layer: Layer) -> bool:
+    weight, lora_a, lora_b, _ = layer
     return (
         cache._given is not None
         and is_at_hand(weight, lora_a, lora_b)
@@ -254,8 +286,8 @@ def _compared(
         found = _look(kept, weight, lora_a, lora_b, scale, step)
         if not found.is_current:
             with torch.no_grad(), backend.no_autocast(weight):
-                layer = _begin(kept, found, eager.Layer(weight, lora_a, lora_b, scale))
-                ((norm, base),) = eager.norms_and_bases([layer])
+                copies = _begin(kept, lora_a, lora_b)
+                (norm,), (base,) = eager.norms_and_bases([weight], *copies, [found.base], scale=scale)
                 given = _end(kept, found, norm, base), norm
         elif given is None or given[0] != found.number:
             given = found.number, kept[0].clone()
@@ -286,14 +318,14 @@ def _look(kept: list[Tensor], weight: Tensor, lora_a: Tensor, lora_b: Tensor, sc
     return _Found(is_current, number, base if is_same_weight else None, sample, key)
 
 
-def _begin(kept: list[Tensor], found: _Found, layer: eager.Layer) -> eager.Layer:
-    """-> what the new norm is to be made of: copies of the factors, which nobody changes meanwhile."""
+def _begin(kept: list[Tensor], lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
+    """-> what the new norm is to be made of, a stack of one: copies of the factors, which nobody changes meanwhile."""
     _, _, kept_a, kept_b, _, kept_key = kept
     # an interrupt on the way leaves a key that fits nothing
     kept_key.zero_()
-    kept_a.copy_(layer.lora_a)
-    kept_b.copy_(layer.lora_b)
-    return layer._replace(lora_a=kept_a, lora_b=kept_b, base=found.base)
+    kept_a.copy_(lora_a)
+    kept_b.copy_(lora_b)
+    return kept_a[None], kept_b[None]
 
 
 def _end(kept: list[Tensor], found: _Found, norm: Tensor, base: Tensor) -> int:

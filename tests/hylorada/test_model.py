@@ -539,7 +539,7 @@ def test_the_norms_of_all_layers_are_made_together_after_a_change(make_model, to
         norms_made.clear()
         before = model(token_ids).logits
         model(token_ids)
-        assert norms_made == [len(layers)]
+        assert sum(norms_made) == len(layers) and 1 not in norms_made
         with torch.no_grad():
             for layer in layers.values():
                 layer.lora_b.add_(0.1)

@@ -242,7 +242,7 @@ def test_the_norms_of_all_layers_are_made_together_after_a_change(make_peft, tok
         norms_made.clear()
         before = model(token_ids).logits
         model(token_ids)
-        assert norms_made == [len(status(model).fused)]
+        assert sum(norms_made) == len(status(model).fused) and 1 not in norms_made
         disturb(model)
     assert not torch.equal(model(token_ids).logits, before)
     norms_made.clear()

@@ -614,7 +614,7 @@ def test_the_norms_of_all_layers_are_made_together_after_a_change(make_peft, tok
         norms_made.clear()
         before = logits(model, token_ids)
         logits(model, token_ids)
-        assert norms_made == [len(layers_of(model))]
+        assert sum(norms_made) == len(layers_of(model)) and 1 not in norms_made
         disturb(model)
     assert not torch.equal(logits(model, token_ids), before)
     norms_made.clear()

@@ -228,7 +228,8 @@ def kept_gain_of(given, *, scale_weight=True):
     gain = eager.gain_of(eager.row_gain(given.magnitude, beta, norm), given.magnitude, beta, norm)
     if not scale_weight:
         return gain
-    return eager.with_scaled_weight(gain, given.weight, given.lora_a, given.lora_b, given.scale)
+    gain = eager.with_factors(gain, given.lora_a, given.lora_b, given.scale, given.weight.dtype)
+    return eager.with_scaled_weight(gain, given.weight, given.lora_b, given.scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -15,7 +15,7 @@ from tests.kernels.parity import assert_parity
 
 # name: (text of the implementation, what stands there in the mutant)
 EAGER = {
-    "s is dropped": ("torch.mul(wide.T, scale, out", "torch.mul(wide.T, 1, out"),
+    "s is dropped": ("torch.mul(wide.mT, scale, out", "torch.mul(wide.mT, 1, out"),
     "s is dropped in dB": (
         "_factor_gradient(weighted_h, dz, scale, lora_b",
         "_factor_gradient(weighted_h, dz, 1, lora_b",

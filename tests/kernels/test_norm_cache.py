@@ -27,7 +27,12 @@ def norms_made(backend, monkeypatch):
     """norms_made() counts the norms computed since the test began; a kernel that finds its norm reads no W."""
     made = []
     make = eager.norms_and_bases
-    monkeypatch.setattr(eager, "norms_and_bases", lambda layers: made.extend(layers) or make(layers))
+
+    def counted(weights, *rest, **options):
+        made.extend(weights)
+        return make(weights, *rest, **options)
+
+    monkeypatch.setattr(eager, "norms_and_bases", counted)
     if backend == "eager":
         yield lambda: len(made)
     else:
@@ -206,10 +211,14 @@ def several_layers(backend):
     linears = {
         "plain": (nn.Linear(24, 16), {}),
         "low precision": (nn.Linear(24, 40).bfloat16(), {}),
-        "its twin, of another scale": (nn.Linear(16, 40).bfloat16(), {"alpha": 3.0}),
+        "another width": (nn.Linear(16, 40).bfloat16(), {}),
         "another rank": (nn.Linear(24, 16), {"rank": 2}),
         "another dtype": (nn.Linear(24, 16).to(torch.float64 if backend == "eager" else torch.float16), {}),
+        "odd sizes": (nn.Linear(13, 33).bfloat16(), {"rank": 5}),
+        "odd sizes again": (nn.Linear(13, 33).bfloat16(), {"rank": 5}),
+        "odd sizes, another scale": (nn.Linear(13, 33).bfloat16(), {"rank": 5, "alpha": 3.0}),
         "no blend": (nn.Linear(24, 70, bias=False), {"use_blend": False}),
+        "plain but for the blend": (nn.Linear(24, 16), {"use_blend": False}),
         "no magnitude": (nn.Linear(24, 16), {"use_magnitude": False}),
         "rows with gaps": (nn.Linear(24, 130), {}),
         "a scaled weight": (nn.Linear(24, 16).bfloat16(), {"keep_scaled_weight": True}),
@@ -303,14 +312,22 @@ def test_a_refresh_in_inference_mode_leaves_training_as_it_was():
 
 
 @pytest.mark.parametrize(
-    ("module", "name"), [(eager, "norms_and_bases"), (norm_cache, "_end"), (linear_eager, "gain_of")], ids=str
+    ("call", "module", "name"),
+    [
+        ("refresh", eager, "norms_and_bases"),
+        ("refresh", norm_cache, "Fresh"),
+        ("refresh", linear_eager, "gain_of"),
+        ("forward", eager, "norms_and_bases"),
+        ("forward", norm_cache, "_end"),
+        ("forward", linear_eager, "gain_of"),
+    ],
 )
-def test_an_interrupted_refresh_leaves_nothing_that_is_stale(backend, monkeypatch, module, name):
+def test_an_interrupted_norm_leaves_nothing_that_is_stale(backend, monkeypatch, call, module, name):
     layer, x = layer_and_input()
     layer(x)
     layer.lora_b.data.mul_(2)
 
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     with (
@@ -318,7 +335,7 @@ def test_an_interrupted_refresh_leaves_nothing_that_is_stale(backend, monkeypatc
         pytest.raises(KeyboardInterrupt) if backend == "eager" else contextlib.nullcontext(),
     ):
         patch.setattr(module, name, interrupt)
-        refresh(layer)
+        refresh(layer) if call == "refresh" else layer(x)
     assert torch.equal(layer(x), uncached(layer, x))
 
 
@@ -571,7 +588,7 @@ def test_threads_that_share_a_cache_get_their_own_norms():
 
 
 def test_a_norm_once_given_is_never_written_to():
-    layer, _ = layer_and_input()
+    layer, x = layer_and_input()
     kept = layer._norm()
     given = layer._norm()
     layer.lora_b.data.mul_(2)
@@ -582,6 +599,13 @@ def test_a_norm_once_given_is_never_written_to():
     layer._cache.norms._given = None
     with torch.inference_mode():
         layer._norm()
+    given, kept = layer._norm(), layer._norm().clone()
+    layer.lora_b.data.mul_(2)
+    layer._norm()
+    assert torch.equal(given, kept)
+    layer(x)
+    layer.lora_b.data.mul_(2)
+    refresh(layer)
     given, kept = layer._norm(), layer._norm().clone()
     layer.lora_b.data.mul_(2)
     layer._norm()

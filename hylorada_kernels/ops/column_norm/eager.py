@@ -1,7 +1,6 @@
 """Column norm in PyTorch, any device and dtype. See op.py for the contract."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,54 +16,43 @@ INNER_CANCELLATION = 2.0**-8
 CHUNK_ELEMENTS = 1 << 20
 
 
-class Layer(NamedTuple):
-    """What a norm is made of."""
-
-    weight: Tensor
-    lora_a: Tensor
-    lora_b: Tensor
-    scale: float
-    # ||W||^2 of every row, (O,): who has it from an earlier call saves a reading of W
-    base: Tensor | None = None
-
-
 def forward(weight: Tensor, lora_a: Tensor, lora_b: Tensor, *, scale: float) -> Tensor:
     """See `norms_and_bases`."""
-    ((norm, _),) = norms_and_bases([Layer(weight, lora_a, lora_b, scale)])
-    return norm
+    return norms_and_bases([weight], lora_a[None], lora_b[None], [None], scale=scale)[0][0]
 
 
-def norms_and_bases(layers: Sequence[Layer]) -> list[tuple[Tensor, Tensor]]:
-    """n^2 = ||W||^2 + 2 s <W, B A> + s^2 ||B A||^2 from W A^T (O, R) and A A^T (R, R); rows that cancel are redone.
+def norms_and_bases(
+    weights: Sequence[Tensor], lora_a: Tensor, lora_b: Tensor, bases: Sequence[Tensor | None], *, scale: float
+) -> tuple[Tensor, list[Tensor]]:
+    """Norms (L, O) of L layers of one shape, and ||W||^2 of their rows, L times (O,).
 
-    Low-precision weights are widened a few rows at a time: a bf16 GEMM would leave an error of 5e-5. The layers are on
-    one device and of one `accumulation_dtype`; what is as long as the rows is done for all of them in one call. Every
-    norm has the bits that it would have alone, and is a view of a tensor with the others, if there are any.
+    n^2 = ||W||^2 + 2 s <W, B A> + s^2 ||B A||^2 from W A^T (O, R) and A A^T (R, R); rows that cancel are redone.
+    Low-precision weights are widened a few rows at a time: a bf16 GEMM would leave an error of 5e-5. What does not read
+    W is done for all layers in one call; every norm has the bits that it would have alone.
+
+    lora_a: (L, R, I).   lora_b: (L, O, R).   bases: who has a ||W||^2 from an earlier call saves a reading of that W.
     """
-    dtype = accumulation_dtype(layers[0].weight)
-    rows = [len(layer.weight) for layer in layers]
-    squared = layers[0].weight.new_empty(sum(rows), dtype=dtype)
-    update_sizes, bases = torch.empty_like(squared), []
-    for layer, own_squared, update_size in zip(layers, parted(squared, rows), parted(update_sizes, rows), strict=True):
-        a, b, scale = layer.lora_a.to(dtype), layer.lora_b.to(dtype), layer.scale
-        base, product = _base_and_product(layer, a)
-        product.addmm_(b, a @ a.T, beta=2 * scale, alpha=scale**2)
-        torch.sum(product.mul_(b), 1, out=own_squared)
-        torch.addmv(update_size, b.abs(), torch.linalg.vector_norm(a, dim=1), beta=0, alpha=scale, out=update_size)
-        bases.append(base)
-    squares = joined(bases)
-    cancelled = squared.add_(squares) < CANCELLATION * squares
+    dtype = accumulation_dtype(weights[0])
+    a, b = lora_a.to(dtype), lora_b.to(dtype)
+    made = [
+        _base_and_product(weight, own_a, base) for weight, own_a, base in zip(weights, a.unbind(), bases, strict=True)
+    ]
+    bases, products = [base for base, _ in made], stacked([product for _, product in made])
+    products.baddbmm_(b, a @ a.mT, beta=2 * scale, alpha=scale**2)
+    squares = stacked(bases)
+    squared = products.mul_(b).sum(2).add_(squares)
+    update_sizes = torch.mul(b.abs(), torch.linalg.vector_norm(a, dim=2)[:, None], out=products).sum(2).mul_(scale)
+    cancelled = squared < CANCELLATION * squares
     cancelled |= squared < INNER_CANCELLATION * update_sizes.square_()
     if cancelled.any():
-        for layer, own_squared, is_bad in zip(layers, parted(squared, rows), parted(cancelled, rows), strict=True):
-            update = layer.lora_b[is_bad].to(dtype) @ layer.lora_a.to(dtype)
-            own_squared[is_bad] = layer.weight[is_bad].to(dtype).add_(update, alpha=layer.scale).square().sum(1)
-    return list(zip(parted(squared.sqrt_(), rows), bases, strict=True))
+        for weight, own_a, own_b, own_squared, is_bad in zip(weights, a, b, squared, cancelled, strict=True):
+            adapted = weight[is_bad].to(dtype).addmm_(own_b[is_bad], own_a, alpha=scale)
+            own_squared[is_bad] = adapted.square_().sum(1)
+    return squared.sqrt_(), bases
 
 
-def _base_and_product(layer: Layer, a: Tensor) -> tuple[Tensor, Tensor]:
+def _base_and_product(weight: Tensor, a: Tensor, base: Tensor | None) -> tuple[Tensor, Tensor]:
     """-> ||W||^2 of every row, (O,), and W A^T, (O, R)."""
-    weight, base = layer.weight, layer.base
     norms, products = [], []
     for rows in row_chunks(weight, a.dtype):
         wide = weight[rows].to(a.dtype)
@@ -73,17 +61,17 @@ def _base_and_product(layer: Layer, a: Tensor) -> tuple[Tensor, Tensor]:
         products.append(project_down(wide, a, in_groups=True))
         # freed before more rows are widened
         del wide
-    return joined(norms).square_() if base is None else base, joined(products)
+    return _joined(norms).square_() if base is None else base, _joined(products)
 
 
-def joined(tensors: Sequence[Tensor]) -> Tensor:
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
     """One after the other along the first dimension; one alone as it is."""
     return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
 
 
-def parted(tensor: Tensor, rows: Sequence[int]) -> Sequence[Tensor]:
-    """Views of so many rows each; one alone as it is."""
-    return (tensor,) if len(rows) == 1 else tensor.split(rows)
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """In a new first dimension; one alone as a view of it."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tuple(tensors))
 
 
 def backward(

@@ -47,6 +47,18 @@ class Gain(NamedTuple):
         scaled = None if self.scaled is None else (self.scaled[0].to(dtype), self.scaled[1].to(dtype))
         return self._replace(factors=factors, scaled=scaled)
 
+    def unbind(self) -> list["Gain"]:
+        """Of one with factors, whose tensors are those of L layers in a first dimension: each layer's own."""
+        down, up, rest = self.factors
+        count = len(self.gain)
+        # its dot product depends on where it lies
+        by_blend = [None] * count if self.by_blend is None else [part.clone() for part in self.by_blend]
+        parts = self.gain.unbind(), self.by_magnitude.unbind(), by_blend, [None] * count if down is None else down, up
+        return [
+            Gain(gain, by_magnitude, own_by_blend, self.has_small, (own_down, own_up, rest))
+            for gain, by_magnitude, own_by_blend, own_down, own_up in zip(*parts, strict=True)
+        ]
+
 
 def forward(
     x: Tensor,
@@ -240,18 +252,18 @@ def scale_rows(z: Tensor, scales: Tensor, *, in_place: bool = False) -> Tensor:
 
 
 def with_factors(gain: Gain, lora_a: Tensor, lora_b: Tensor, scale: float, dtype: torch.dtype) -> Gain:
-    """The same with the factors in this dtype, W's."""
+    """The same with the factors in this dtype, W's; all of them of one layer, or of L in a first dimension."""
     down = None if lora_a.dtype == dtype else lora_a.to(dtype)
     return gain._replace(factors=(down, *_up(lora_b, scale, dtype)))
 
 
-def with_scaled_weight(gain: Gain, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Gain:
-    """The same with the factors, diag(g) W and its part of B, each rounded once."""
+def with_scaled_weight(gain: Gain, weight: Tensor, lora_b: Tensor, scale: float) -> Gain:
+    """The same with diag(g) W and its part of B, each rounded once."""
     scaled = torch.empty_like(weight)
     for rows in column_norm.row_chunks(weight, gain.gain.dtype):
         scaled[rows] = weight[rows] * gain.gain[rows, None]
     up, _ = _up(lora_b * gain.gain[:, None], scale, weight.dtype)
-    return with_factors(gain, lora_a, lora_b, scale, weight.dtype)._replace(scaled=(scaled, up))
+    return gain._replace(scaled=(scaled, up))
 
 
 def _scales_product(weight: Tensor, magnitude: Tensor | None, bias: Tensor | None) -> bool:
@@ -278,9 +290,9 @@ def _factors(
 
 def _up(lora_b: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, float]:
     if dtype == torch.float16:
-        return lora_b.T.to(dtype).contiguous(), scale
+        return lora_b.mT.to(dtype).contiguous(), scale
     wide = _in_dtype(lora_b, torch.promote_types(torch.promote_types(lora_b.dtype, dtype), torch.float32))
-    return torch.mul(wide.T, scale, out=wide.new_empty(wide.shape[::-1], dtype=dtype)), 1.0
+    return torch.mul(wide.mT, scale, out=wide.new_empty(wide.mT.shape, dtype=dtype)), 1.0
 
 
 def _gain_gradient(
