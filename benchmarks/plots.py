@@ -16,7 +16,7 @@ def draw(title: str, rows: list[Row], keys: list[str], over: str | None, path: P
         return False
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 1.5 + 0.28 * len(rows)) if over is None else (7, 4.5), layout="constrained")
+    figure = Figure(figsize=(11, 1.6 + 0.28 * len(rows)) if over is None else (7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     if over is None:
         _bars(axes, rows, keys, ratios)
@@ -24,12 +24,15 @@ def draw(title: str, rows: list[Row], keys: list[str], over: str | None, path: P
         _lines(axes, rows, keys, over)
     axes.set_title(title)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    # beside the bars, which fill the picture
+    figure.legend(fontsize="small", loc="outside right upper") if over is None else axes.legend(fontsize="small")
     figure.savefig(path, dpi=110)
     return True
 
 
 def _bars(axes: Any, rows: list[Row], keys: list[str], ratios: list[str]) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     height = 0.8 / len(ratios)
     for number, ratio in enumerate(ratios):
         given = [(i, row[ratio]) for i, row in enumerate(rows) if ratio in row]
@@ -43,6 +46,9 @@ def _bars(axes: Any, rows: list[Row], keys: list[str], ratios: list[str]) -> Non
     # small differences need an axis of plain numbers, large ones one where twice and half are as long
     if max(values) > 2 * min(values):
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
     else:
         axes.ticklabel_format(axis="x", useOffset=False)
 
