@@ -27,19 +27,20 @@ def norms_and_bases(
     """Norms (L, O) of L layers of one shape, and ||W||^2 of their rows, L times (O,).
 
     n^2 = ||W||^2 + 2 s <W, B A> + s^2 ||B A||^2 from W A^T (O, R) and A A^T (R, R); rows that cancel are redone.
-    Low-precision weights are widened a few rows at a time: a bf16 GEMM would leave an error of 5e-5. What does not read
-    W is done for all layers in one call; every norm has the bits that it would have alone.
+    Low-precision weights are widened a few rows at a time: a bf16 GEMM would leave an error of 5e-5. What follows the
+    products is done for all layers in one call; every norm has the bits that it would have alone.
 
     lora_a: (L, R, I).   lora_b: (L, O, R).   bases: who has a ||W||^2 from an earlier call saves a reading of that W.
     """
     dtype = accumulation_dtype(weights[0])
     a, b = lora_a.to(dtype), lora_b.to(dtype)
-    made = [
-        _base_and_product(weight, own_a, base) for weight, own_a, base in zip(weights, a.unbind(), bases, strict=True)
-    ]
-    bases, products = [base for base, _ in made], stacked([product for _, product in made])
-    products.baddbmm_(b, a @ a.mT, beta=2 * scale, alpha=scale**2)
-    squares = stacked(bases)
+    own_squares, own_products = [], []
+    for weight, own_a, own_b, base in zip(weights, map(aligned, a), map(aligned, b), bases, strict=True):
+        own_square, product = _base_and_product(weight, own_a, base)
+        own_squares.append(own_square)
+        # not a batched product, whose bits may be others for other numbers of layers
+        own_products.append(product.addmm_(own_b, own_a @ own_a.T, beta=2 * scale, alpha=scale**2))
+    squares, products = stacked(own_squares), stacked(own_products)
     squared = products.mul_(b).sum(2).add_(squares)
     update_sizes = torch.mul(b.abs(), torch.linalg.vector_norm(a, dim=2)[:, None], out=products).sum(2).mul_(scale)
     cancelled = squared < CANCELLATION * squares
@@ -48,7 +49,7 @@ def norms_and_bases(
         for weight, own_a, own_b, own_squared, is_bad in zip(weights, a, b, squared, cancelled, strict=True):
             adapted = weight[is_bad].to(dtype).addmm_(own_b[is_bad], own_a, alpha=scale)
             own_squared[is_bad] = adapted.square_().sum(1)
-    return squared.sqrt_(), bases
+    return squared.sqrt_(), own_squares
 
 
 def _base_and_product(weight: Tensor, a: Tensor, base: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -67,6 +68,11 @@ def _base_and_product(weight: Tensor, a: Tensor, base: Tensor | None) -> tuple[T
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
     """One after the other along the first dimension; one alone as it is."""
     return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """A copy where it does not begin at a cache line, as part of a stack: the bits of a product may depend on that."""
+    return tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor:

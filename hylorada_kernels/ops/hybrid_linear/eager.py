@@ -51,8 +51,7 @@ class Gain(NamedTuple):
         """Of one with factors, whose tensors are those of L layers in a first dimension: each layer's own."""
         down, up, rest = self.factors
         count = len(self.gain)
-        # its dot product depends on where it lies
-        by_blend = [None] * count if self.by_blend is None else [part.clone() for part in self.by_blend]
+        by_blend = [None] * count if self.by_blend is None else map(column_norm.aligned, self.by_blend)
         parts = self.gain.unbind(), self.by_magnitude.unbind(), by_blend, [None] * count if down is None else down, up
         return [
             Gain(gain, by_magnitude, own_by_blend, self.has_small, (own_down, own_up, rest))
