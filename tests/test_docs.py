@@ -209,7 +209,7 @@ def test_the_architecture_page_shows_the_floors_that_the_test_holds():
     assert shown == [sorted(floor) for floor in FLOORS]
 
 
-def test_the_results_page_names_files_that_are_there():
+def test_the_results_page_names_every_table_that_is_there():
     named = set(re.findall(r"benchmarks/results/([\w./-]+\.md)", read("docs/results.md")))
     results = ROOT / "benchmarks/results"
     assert len(named) > 10 and named == {path.relative_to(results).as_posix() for path in results.rglob("*.md")}

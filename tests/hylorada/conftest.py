@@ -49,14 +49,26 @@ def make_model():
     return build_model
 
 
+class NormsMade(list):
+    """Of every call that made norms on the eager path, the shapes of the weights."""
+
+    def are_of(self, *counts: int) -> bool:
+        """Whether there were so many calls, each of so many norms."""
+        return [len(shapes) for shapes in self] == list(counts)
+
+    def are_together(self, count: int) -> bool:
+        """Whether there were so many norms, and one call for each shape."""
+        return sum(map(len, self)) == count and len(self) == len({shape for shapes in self for shape in shapes})
+
+
 @pytest.fixture
 def norms_made(monkeypatch):
-    """A list of how many norms the eager path made together, call by call, since the test began."""
-    made: list[int] = []
+    """What norms were made since the test began."""
+    made = NormsMade()
     make = eager.norms_and_bases
 
     def counted(weights, *rest, **options):
-        made.append(len(weights))
+        made.append([weight.shape for weight in weights])
         return make(weights, *rest, **options)
 
     monkeypatch.setattr(eager, "norms_and_bases", counted)

@@ -539,7 +539,7 @@ def test_the_norms_of_all_layers_are_made_together_after_a_change(make_model, to
         norms_made.clear()
         before = model(token_ids).logits
         model(token_ids)
-        assert sum(norms_made) == len(layers) and 1 not in norms_made
+        assert norms_made.are_together(len(layers))
         with torch.no_grad():
             for layer in layers.values():
                 layer.lora_b.add_(0.1)
@@ -548,5 +548,5 @@ def test_the_norms_of_all_layers_are_made_together_after_a_change(make_model, to
     # one that is not the first is made by its layer
     list(layers.values())[-1].lora_b.data.add_(0.1)
     found = model(token_ids).logits
-    assert norms_made == [1]
+    assert norms_made.are_of(1)
     assert torch.equal(found, copy.deepcopy(model)(token_ids).logits)

@@ -242,7 +242,7 @@ def test_the_norms_of_all_layers_are_made_together_after_a_change(make_peft, tok
         norms_made.clear()
         before = model(token_ids).logits
         model(token_ids)
-        assert sum(norms_made) == len(status(model).fused) and 1 not in norms_made
+        assert norms_made.are_together(len(status(model).fused))
         disturb(model)
     assert not torch.equal(model(token_ids).logits, before)
     norms_made.clear()
@@ -250,7 +250,7 @@ def test_the_norms_of_all_layers_are_made_together_after_a_change(make_peft, tok
     last = [module for module in model.modules() if isinstance(module, FusedLinear)][-1]
     last.lora_B["default"].weight.data.add_(0.1)
     found = model(token_ids).logits
-    assert norms_made == [1]
+    assert norms_made.are_of(1)
     assert torch.equal(found, copy.deepcopy(model)(token_ids).logits)
 
 

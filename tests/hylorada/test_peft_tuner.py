@@ -614,12 +614,12 @@ def test_the_norms_of_all_layers_are_made_together_after_a_change(make_peft, tok
         norms_made.clear()
         before = logits(model, token_ids)
         logits(model, token_ids)
-        assert sum(norms_made) == len(layers_of(model)) and 1 not in norms_made
+        assert norms_made.are_together(len(layers_of(model)))
         disturb(model)
     assert not torch.equal(logits(model, token_ids), before)
     norms_made.clear()
     # one that is not the first is made by its layer
     layers_of(model)[-1].hylorada_B["default"].data.add_(0.1)
     found = logits(model, token_ids)
-    assert norms_made == [1]
+    assert norms_made.are_of(1)
     assert torch.equal(found, logits(copy.deepcopy(model), token_ids))
