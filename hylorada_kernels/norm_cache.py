@@ -130,8 +130,7 @@ class _Stale(NamedTuple):
     owner: Any
     cache: NormCache
     layer: Layer
-    # of the cache: what is kept, the layout, and the distance between two samples
-    state: tuple[list[Tensor], tuple, int]
+    kept: list[Tensor]
     found: "_Found"
 
 
@@ -146,10 +145,10 @@ def refresh(layers: Iterable[tuple[Any, Hashable, NormCache, Layer]]) -> list[Fr
     with torch.no_grad(), _lock:
         for owner, kind, cache, layer in layers:
             if _has_given(cache, layer):
-                kept, layout, step = state = cache._state
+                kept, layout, step = cache._state
                 found = _look(kept, *layer, step)
                 if not found.is_current:
-                    stale = _Stale(owner, cache, layer, state, found)
+                    stale = _Stale(owner, cache, layer, kept, found)
                     groups.setdefault((layout, layer.scale, kind), []).append(stale)
             if not groups:
                 break
@@ -157,25 +156,16 @@ def refresh(layers: Iterable[tuple[Any, Hashable, NormCache, Layer]]) -> list[Fr
 
 
 def _made_together(group: list[_Stale]) -> Fresh:
-    owners, caches, layers, states, found = zip(*group, strict=True)
-    # copies, which nobody changes meanwhile
-    lora_a = torch.stack([layer.lora_a for layer in layers])
-    lora_b = torch.stack([layer.lora_b for layer in layers])
+    owners, caches, layers, kept, found = zip(*group, strict=True)
+    copies = [_begin(own_kept, layer.lora_a, layer.lora_b) for own_kept, layer in zip(kept, layers, strict=True)]
+    lora_a, lora_b = (torch.cat(factors) for factors in zip(*copies, strict=True))
     weights, bases = [layer.weight for layer in layers], [each.base for each in found]
     with backend.no_autocast(lora_a):
         norms, bases = eager.norms_and_bases(weights, lora_a, lora_b, bases, scale=layers[0].scale)
-    numbers = [next(_numbers) for _ in group]
-    keys = torch.tensor([[*each.key, number] for each, number in zip(found, numbers, strict=True)])
-    # what is given is not written to, what is kept may be
-    given = norms.unbind(), norms.clone(), bases, lora_a, lora_b, keys
-    for cache, state, each, number, norm, *kept, key in zip(caches, states, found, numbers, *given, strict=True):
-        (*_, sample, _), layout, step = state
-        if each.base is None:
-            sample = each.sample.clone()
-        # one assignment, as ever: an interrupt leaves the old state or the new one
-        cache._state = [*kept, sample, key], layout, step
-        cache._given = number, norm
-    return Fresh(list(owners), given[0], lora_a, lora_b)
+    own_norms = norms.unbind()
+    for cache, own_kept, each, norm, base in zip(caches, kept, found, own_norms, bases, strict=True):
+        cache._given = _end(own_kept, each, norm, base), norm
+    return Fresh(list(owners), own_norms, lora_a, lora_b)
 
 
 def _has_given(cache: NormCache, layer: Layer) -> bool:

@@ -127,7 +127,6 @@ MUTANTS = [
             "callers share a norm": ("given = found.number, kept[0].clone()", "given = found.number, kept[0]"),
             "a refresh looks at every layer": ("            if not groups:\n                break\n", ""),
             "layers of several scales are made together": ("(layout, layer.scale, kind)", "(layout, kind)"),
-            "what a refresh gives is kept too": ("norms.unbind(), norms.clone(),", "norms.unbind(), norms,"),
             "a refresh takes parts for the whole": ("cache._state[1] == _layout", "True or _layout"),
             "an interrupted norm is believed": ("    kept_key.zero_()\n", ""),
             "the number of a norm is not compared": (" or given[0] != found.number", ""),

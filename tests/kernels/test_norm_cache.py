@@ -315,6 +315,7 @@ def test_a_refresh_in_inference_mode_leaves_training_as_it_was():
     ("call", "module", "name"),
     [
         ("refresh", eager, "norms_and_bases"),
+        ("refresh", norm_cache, "_end"),
         ("refresh", norm_cache, "Fresh"),
         ("refresh", linear_eager, "gain_of"),
         ("forward", eager, "norms_and_bases"),
